@@ -1,0 +1,37 @@
+"""The configuration: what a run is, checked and explained, without importing torch."""
+
+from castalia.config.load import load, notes, origins
+from castalia.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PerformanceConfig,
+    ScheduleConfig,
+    Section,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PerformanceConfig",
+    "ScheduleConfig",
+    "Section",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "load",
+    "notes",
+    "origins",
+]

@@ -1,0 +1,293 @@
+"""The map of everything: one typed tree of sections, each field with its one-line meaning.
+
+A `Config` is what the YAML says, checked; `castalia.config.derive` fills in what follows
+from it (widths, steps, padded vocabulary). Every field carries a class:
+
+    numerics      changes the mathematical function that is computed
+    performance   changes only its rounding or its speed
+    cosmetic      changes neither
+
+so that a resumed run can refuse a change that would make its curve jump and accept the
+rest. This module imports no torch: planning and checking a run must be instant.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+FieldClass = Literal["numerics", "performance", "cosmetic"]
+
+
+def setting(default: Any, text: str, kind: FieldClass = "numerics", unit: str | None = None, **limits: Any) -> Any:
+    """A field with its meaning, its class and its unit; `limits` are pydantic's (gt, ge, le, ...)."""
+    return Field(default, description=text, json_schema_extra={"class": kind, "unit": unit}, **limits)
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, values are not coerced, nothing is mutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """Which tokens are read, and in which order."""
+
+    path: str | None = setting(None, "prefix of one data set, shared out by `split`")
+    split: str = setting("969,30,1", "shares of the documents for training, validation and test")
+    train_paths: list[str] | None = setting(None, "prefixes of the training data sets, instead of path and split")
+    valid_paths: list[str] | None = setting(None, "prefixes of the validation data sets")
+    test_paths: list[str] | None = setting(None, "prefixes of the test data sets")
+    train_weights: list[float] | None = setting(None, "blend weights of train_paths; null: all equal")
+    valid_weights: list[float] | None = setting(None, "blend weights of valid_paths; null: all equal")
+    test_weights: list[float] | None = setting(None, "blend weights of test_paths; null: all equal")
+    seq_length: int = setting(512, "tokens that the model sees at once", unit="tokens", ge=1)
+    order: Literal["gptneox"] = setting("gptneox", "how samples are ordered; gptneox is GPT-NeoX's order bit for bit")
+    seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0)
+    mask_loss_at_eod: bool = setting(False, "no loss where the input token is the end of a document")
+
+    @model_validator(mode="after")
+    def _paths(self) -> DataConfig:
+        lists = {"train_paths": self.train_paths, "valid_paths": self.valid_paths, "test_paths": self.test_paths}
+        if self.path is not None and any(v is not None for v in lists.values()):
+            raise ValueError("give either data.path with data.split, or data.train_paths and the like, not both")
+        for name, paths in lists.items():
+            weights = getattr(self, name.replace("paths", "weights"))
+            if weights is not None and (paths is None or len(weights) != len(paths)):
+                raise ValueError(f"data.{name.replace('paths', 'weights')} needs one weight for each of data.{name}")
+        return self
+
+
+class TokenizerConfig(Section):
+    """How text becomes ids, where the data set itself does not say."""
+
+    path: str | None = setting(
+        None, "a Hugging Face tokenizer.json or its folder, or `byte`; null: the one kept beside the data"
+    )
+
+
+class ModelConfig(Section):
+    """The function that is trained."""
+
+    block: str = setting("transformer", "the layer: a registered name or module:attribute")
+    num_layers: int = setting(6, "layers", ge=1)
+    hidden_size: int = setting(256, "width of the residual stream", ge=1)
+    num_attention_heads: int = setting(8, "query heads", ge=1)
+    num_kv_heads: int | None = setting(None, "key/value heads (grouped-query attention); null: one per query head", ge=1)
+    head_dim: int | None = setting(None, "size of a head; null: hidden_size / num_attention_heads", ge=1)
+    intermediate_size: int | None = setting(
+        None, "inner width of the MLP; null: 4 x hidden, or 8/3 x hidden rounded up to 64 when gated", ge=1
+    )
+    vocab_size: int | None = setting(
+        None, "rows of the embedding, padding included; null: the tokenizer's, rounded up to vocab_multiple", ge=1
+    )
+    vocab_multiple: int = setting(128, "the vocabulary is padded to a multiple of this", ge=1)
+    max_position_embeddings: int | None = setting(None, "longest sequence the model accepts; null: data.seq_length", ge=1)
+    norm: str = setting("layernorm", "layernorm, rmsnorm, or a registered name")
+    norm_epsilon: float = setting(1e-5, "epsilon inside the norm's root", gt=0)
+    activation: str = setting("gelu", "gelu, gelu_tanh, relu, silu, swiglu, geglu, reglu, or a registered name")
+    position: Literal["rotary", "none"] = setting("rotary", "how positions enter")
+    rotary_fraction: float = setting(1.0, "share of each head that is rotated", gt=0, le=1)
+    rotary_base: float = setting(10000.0, "base of the rotary frequencies", gt=0)
+    residual: Literal["parallel", "sequential"] = setting(
+        "sequential", "parallel: x + attention(n1(x)) + mlp(n2(x)); sequential: the MLP sees the attention's output"
+    )
+    attention_bias: bool = setting(True, "biases on the attention's two projections")
+    mlp_bias: bool = setting(True, "biases on the MLP's projections")
+    tie_embeddings: bool = setting(False, "the output matrix is the embedding matrix")
+    init_method: str = setting("small_init", "initial weights: small_init, wang_init, normal, scaled_normal, ...")
+    output_init_method: str = setting("wang_init", "the same for the two projections that write to the residual stream")
+    init_std: float = setting(0.02, "standard deviation for `normal` and `scaled_normal`", gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, null resolved."""
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Size of a head, null resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies by a gate (GLU variants, Shazeer 2020)."""
+        return self.activation.endswith("glu")
+
+    @property
+    def mlp_size(self) -> int:
+        """Inner width of the MLP, null resolved."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated (always even)."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} does not divide by model.num_attention_heads "
+                f"{self.num_attention_heads}: change one, or give model.head_dim"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_attention_heads {self.num_attention_heads} does not divide by model.num_kv_heads {self.kv_heads}"
+            )
+        if self.position == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ValueError(
+                f"model.rotary_fraction {self.rotary_fraction} of a head of {self.head_size} rotates {self.rotary_dim} "
+                "dimensions; it must be an even number, at least 2"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    steps: int | None = setting(None, "optimizer steps; or give tokens", unit="steps", ge=0)
+    tokens: int | None = setting(None, "train for this many tokens (rounded up to whole steps); or give steps", ge=1)
+    batch_size: int = setting(32, "sequences per optimizer step, over all devices", unit="sequences", ge=1)
+    micro_batch_size: int | None = setting(
+        None, "sequences per forward pass and device; null: the whole batch", "performance", "sequences", ge=1
+    )
+    precision: Literal["fp32", "bf16"] = setting("fp32", "dtype of matrix products; weights are fp32 in either")
+    seed: int = setting(1234, "seed of weights and, unless data.seed is given, of the data order", ge=0)
+    exit_interval: int | None = setting(None, "save and stop after every so many steps", "cosmetic", "steps", ge=1)
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give one of training.steps and training.tokens")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.batch_size {self.batch_size} is not a multiple of training.micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """How gradients change weights."""
+
+    type: str = setting("adamw", "adamw, or a registered name")
+    lr: float = setting(1e-3, "peak learning rate", gt=0)
+    betas: list[float] = setting([0.9, 0.95], "decay rates of the two moments", min_length=2, max_length=2)
+    eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
+    weight_decay: float = setting(0.1, "decoupled decay of matrices; norms and biases have none", ge=0)
+    clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the step."""
+
+    type: Literal["cosine", "linear", "constant", "wsd", "exponential"] = setting("cosine", "shape after the warm-up")
+    warmup: float = setting(0.01, "length of the warm-up as a share of decay_steps", ge=0, le=1)
+    warmup_steps: int | None = setting(None, "length of the warm-up in steps, instead of warmup", unit="steps", ge=0)
+    decay_steps: int | None = setting(None, "steps at which min_lr is reached; null: training.steps", unit="steps", ge=1)
+    decay_share: float = setting(0.2, "wsd only: share of decay_steps spent on the final decay", gt=0, le=1)
+    min_lr: float = setting(0.0, "the learning rate at the end", ge=0)
+    arithmetic: Literal["native", "gptneox_main", "gptneox_v2.0"] = setting(
+        "native", "whose formula: translated GPT-NeoX files keep theirs, so that their curves come out the same"
+    )
+
+
+class LossConfig(Section):
+    """What is minimised."""
+
+    normalisation: Literal["tokens", "micro_batch_mean"] = setting(
+        "tokens", "tokens: sum over the batch / its valid tokens; micro_batch_mean: mean of micro-batch means (GPT-NeoX)"
+    )
+    chunk_size: int = setting(512, "tokens whose logits exist at once", "performance", "tokens", ge=1)
+
+
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    interval: int | None = setting(1000, "steps between validations; null: never", "cosmetic", "steps", ge=1)
+    batches: int = setting(16, "batches of training.batch_size per validation", "cosmetic", "batches", ge=1)
+    at_end: bool = setting(True, "validate after the last step", "cosmetic")
+    test_at_end: bool = setting(False, "evaluate the test split after the last step", "cosmetic")
+    continuing: bool = setting(
+        False, "go on through the validation set from one validation to the next, as GPT-NeoX does", "cosmetic"
+    )
+
+
+class CheckpointConfig(Section):
+    """When the state is saved, and how many copies are kept."""
+
+    interval: int | None = setting(1000, "steps between checkpoints; null: only at the end", "cosmetic", "steps", ge=1)
+    extra_steps: list[int] = setting([], "further steps at which to save (0: before the first)", "cosmetic", "steps")
+    keep_last: int | None = setting(None, "keep only the newest so many; null: all", "cosmetic", ge=1)
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    interval: int = setting(10, "steps between records of metrics.jsonl and console lines", "cosmetic", "steps", ge=1)
+
+
+class PerformanceConfig(Section):
+    """What changes only speed and rounding."""
+
+    device: str | None = setting(None, "cpu, cuda, ...; null: the accelerator if there is one", "performance")
+    threads: int | None = setting(None, "CPU threads; null: all physical cores", "performance", ge=1)
+    compile: bool = setting(False, "compile the model (pays back after minutes)", "performance")
+    arena: bool = setting(True, "keep weights, moments and gradients in flat buffers", "performance")
+    prefetch: int = setting(2, "steps of data read ahead in the background", "performance", "steps", ge=0)
+    peak_flops: float | None = setting(
+        None, "the device's matrix rate for MFU; null: measured when training starts", "cosmetic", "FLOP/s", gt=0
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    version: Literal[1] = setting(1, "version of this format", "cosmetic")
+    name: str = setting("run", "name of the run; its folder is runs/NAME", "cosmetic", min_length=1)
+    output: str | None = setting(None, "the run's folder; null: runs/NAME", "cosmetic")
+    data: DataConfig = Field(default_factory=DataConfig, description="which tokens, in which order")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="text to ids")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the function that is trained")
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(steps=1000), description="how long, how much at once"
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="gradients to weights")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate by step")
+    loss: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="validation")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saved state")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what is written")
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig, description="speed only")
+
+    _origins: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def run_dir(self) -> str:
+        """The run's folder."""
+        return self.output or f"runs/{self.name}"
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass, null resolved."""
+        return self.training.micro_batch_size or self.training.batch_size
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model accepts, null resolved."""
+        return self.model.max_position_embeddings or self.data.seq_length
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        if self.data.seq_length > self.max_positions:
+            raise ValueError(
+                f"data.seq_length {self.data.seq_length} is beyond model.max_position_embeddings "
+                f"{self.max_positions}: shorten the one or raise the other"
+            )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
+        return self
