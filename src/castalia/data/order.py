@@ -1,0 +1,230 @@
+"""Which tokens make up sample i: GPT-NeoX's order, bit for bit, as index arithmetic.
+
+    documents, E times over ──shuffle──> doc_idx ──end to end──> one stream of tokens
+    stream cut every L tokens: sample k = tokens [kL, kL + L]      (neighbours share one token)
+    0..S-1 ──shuffle, same random stream──> shuffle_idx: the i-th sample served is shuffle_idx[i]
+
+GPT-NeoX stores a row (position in doc_idx, offset) for every sample; here it is found when
+asked for, by a binary search in the running sums of the document sizes, which gives the same
+rows. The shuffles are numpy's legacy `RandomState`, since its draws define the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from castalia.errors import UserError
+
+SPLIT_NAMES = ("train", "valid", "test")
+
+
+class Piece(NamedTuple):
+    """A run of ids inside one sequence: ids [offset, offset + length) of sequence `sequence`."""
+
+    sequence: int
+    offset: int
+    length: int
+
+
+class GPTNeoXOrder:
+    """The order in which GPT-NeoX serves the samples of a packed data set.
+
+    Args:
+        sizes: int32 [S], ids of every sequence of the store.
+        documents: sequence numbers that take part, as an array or as a range (lo, hi).
+        num_samples: samples that will be asked for; it decides how many epochs are laid
+            end to end and so, as in GPT-NeoX, the whole order.
+        seq_length: L, tokens a model sees; samples have L + 1.
+        seed: seed of the one random stream.
+
+    Attributes:
+        num_epochs: E, the fewest epochs that hold `num_samples` samples.
+        num_built: samples in the stream, (E T - 1) // L; GPT-NeoX never serves the last of them.
+        doc_idx: int32 [E N], sequence numbers in stream order.
+        shuffle_idx: uint32 (int64 from 2^32 - 2 on) [num_built].
+
+    Raises:
+        UserError: the documents hold no token.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        documents: np.ndarray | tuple[int, int],
+        num_samples: int,
+        seq_length: int,
+        seed: int,
+    ) -> None:
+        if seq_length < 1 or num_samples < 0:
+            raise ValueError(
+                f"seq_length {seq_length} and num_samples {num_samples} must not be below 1 and 0"
+            )
+        if isinstance(documents, tuple):
+            documents = np.arange(*documents, dtype=np.int32)
+        self.seq_length = seq_length
+        self.num_samples = num_samples
+        tokens = int(np.asarray(sizes)[documents].sum(dtype=np.int64))
+        if tokens == 0:
+            raise UserError(
+                f"the {len(documents)} documents of this part of the data hold no token: "
+                f"prepare more text or change data.split"
+            )
+        self.num_epochs = max(1, -(-(num_samples * seq_length + 1) // tokens))
+        self.num_built = (self.num_epochs * tokens - 1) // seq_length
+        random = np.random.RandomState(seed)
+        self.doc_idx: np.ndarray = np.tile(np.asarray(documents, np.int32), self.num_epochs)
+        random.shuffle(self.doc_idx)
+        self._starts = np.zeros(len(self.doc_idx) + 1, np.int64)
+        np.cumsum(np.asarray(sizes)[self.doc_idx], dtype=np.int64, out=self._starts[1:])
+        dtype = np.uint32 if self.num_built < 2**32 - 2 else np.int64
+        self.shuffle_idx: np.ndarray = np.arange(self.num_built, dtype=dtype)
+        random.shuffle(self.shuffle_idx)
+
+    def __len__(self) -> int:
+        """Samples that may be asked for: all but the last, as in GPT-NeoX, yet never fewer than requested."""
+        return max(self.num_samples, self.num_built - 1)
+
+    def sample(self, i: int) -> int:
+        """Place in the stream of the i-th sample served.
+
+        Where the epochs hold exactly the requested number, GPT-NeoX, which withholds the last
+        sample, starts again at its first one for the last request; so does this.
+
+        Raises:
+            UserError: beyond what was requested and built (GPT-NeoX would silently start again).
+        """
+        if not 0 <= i < len(self):
+            raise UserError(
+                f"sample {i} was asked for, but the data order holds {len(self)} samples: "
+                f"ask for fewer steps, or build the order for more samples"
+            )
+        return int(self.shuffle_idx[i % max(1, self.num_built - 1)])
+
+    def locate(self, i: int) -> list[Piece]:
+        """Where the L + 1 ids of the i-th sample served lie; logarithmic in the number of documents."""
+        first = self.sample(i) * self.seq_length
+        return self.locate_span(first, first + self.seq_length + 1)
+
+    def locate_span(self, first: int, end: int) -> list[Piece]:
+        """Where tokens [first, end) of the stream lie."""
+        j = int(np.searchsorted(self._starts, first, side="right")) - 1
+        pieces = []
+        while first < end:
+            stop = min(end, int(self._starts[j + 1]))
+            if stop > first:  # documents without tokens are stepped over
+                pieces.append(Piece(int(self.doc_idx[j]), first - int(self._starts[j]), stop - first))
+                first = stop
+            j += 1
+        return pieces
+
+    def sample_idx(self) -> np.ndarray:
+        """GPT-NeoX's table: int32 [num_built + 1, 2] of (position in doc_idx, offset), row k for token k L.
+
+        int64 where a position does not fit (there GPT-NeoX v2.0 overflows).
+        """
+        at = np.arange(self.num_built + 1, dtype=np.int64) * self.seq_length
+        rows = np.empty((len(at), 2), np.int32 if len(self.doc_idx) < 2**31 else np.int64)
+        position = np.searchsorted(self._starts, at, side="right") - 1
+        rows[:, 0] = position
+        rows[:, 1] = at - self._starts[position]
+        rows[0] = 0
+        return rows
+
+
+def split_documents(
+    num_documents: int, split: str, needed: Collection[str] = ("train",)
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Ranges (lo, hi) of the documents for training, validation and test, as GPT-NeoX cuts them.
+
+    Args:
+        num_documents: documents in the data set.
+        split: shares such as "969,30,1", separated by commas or slashes; missing ones are 0.
+        needed: the parts ("train", "valid", "test") that must not be empty.
+
+    Raises:
+        UserError: the shares cannot be read, or a needed part has no document.
+    """
+    separator = "," if "," in split else "/"
+    try:
+        shares = [float(part) for part in split.split(separator)][:3]
+    except ValueError:
+        raise UserError(f'data.split is {split!r}: give shares such as "969,30,1"') from None
+    shares += [0.0] * (3 - len(shares))
+    total = sum(shares)
+    if not math.isfinite(total) or total <= 0 or min(shares) < 0:
+        raise UserError(
+            f'data.split is {split!r}: give shares such as "969,30,1", none negative, not all zero'
+        )
+    bounds = [0]
+    for share in shares:
+        bounds.append(bounds[-1] + round(share / total * num_documents))
+    # GPT-NeoX takes the rounding error off every boundary, not the last alone. Where the
+    # first share is 0 that makes a boundary negative, which is mended here.
+    excess = bounds[3] - num_documents
+    bounds = [0] + [min(max(bound - excess, 0), num_documents) for bound in bounds[1:]]
+    ranges = [(bounds[k], bounds[k + 1]) for k in range(3)]
+    for name, share, (lo, hi) in zip(SPLIT_NAMES, shares, ranges, strict=True):
+        if name in needed and hi <= lo:
+            raise UserError(
+                f"data.split {split!r} leaves the {name} part empty: its share {share:g} of {total:g} of "
+                f"{num_documents} documents is none; raise the share or prepare more documents"
+            )
+    return ranges[0], ranges[1], ranges[2]
+
+
+def blend_requests(weights: Sequence[float], num_samples: int) -> list[int]:
+    """Samples to ask of each data set of a blend: its share and 0.5 % more, as in GPT-NeoX."""
+    return [math.ceil(num_samples * weight * 1.005) for weight in _normalised(weights)]
+
+
+def blend_index(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which data set gives the n-th sample of a blend, and its how-manieth sample that is.
+
+    Step n takes the data set that is furthest behind its share, w_i max(n, 1) - taken_i; of
+    several, the first. In float64, as GPT-NeoX's helper.
+
+    Returns:
+        dataset_index uint8 [num_samples], dataset_sample_index int64 [num_samples].
+    """
+    shares = [float(share) for share in _normalised(weights)]
+    if len(shares) > 255:
+        raise UserError(f"a blend of {len(shares)} data sets was asked for: 255 is the most")
+    which = np.zeros(num_samples, np.uint8)
+    sample = np.zeros(num_samples, np.int64)
+    taken = [0] * len(shares)
+    for n in range(num_samples):
+        x = float(max(n, 1))
+        behind = [share * x - count for share, count in zip(shares, taken, strict=True)]
+        i = behind.index(max(behind))
+        which[n], sample[n] = i, taken[i]
+        taken[i] += 1
+    return which, sample
+
+
+def weights_by_num_documents(num_documents: Sequence[int], alpha: float) -> list[float]:
+    """Blend weights from document counts, as GPT-NeoX's `weight_by_num_documents` has them.
+
+    With u_i = N_i / sum N and p_i = u_i^alpha / sum u^alpha the weight is p_i (1 - u_i),
+    normalised. The last factor is GPT-NeoX's own; XLM-R's formula is p_i alone.
+    """
+    if len(num_documents) == 1:
+        return [1.0]
+    u = np.asarray(num_documents, np.float64)
+    u = u / u.sum()
+    p = u**alpha
+    weights = p / p.sum() * (1 - u)
+    return [float(weight) for weight in weights / weights.sum()]
+
+
+def _normalised(weights: Sequence[float]) -> np.ndarray:
+    array = np.asarray(weights, np.float64)
+    if array.size == 0 or not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
+        raise UserError(
+            f"the weights {list(weights)} do not make a blend: give numbers above 0, one for each data set"
+        )
+    normalised: np.ndarray = array / array.sum()
+    return normalised

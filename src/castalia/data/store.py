@@ -1,0 +1,445 @@
+"""Token ids on disk: GPT-NeoX's memory-mapped format, read and written byte for byte.
+
+    PREFIX.bin   every sequence's ids, end to end, without a header
+    PREFIX.idx   "MMIDIDX" header | sizes i32[S] | pointers i64[S] | doc_idx i64[D]
+    PREFIX.json  what the two files mean (docs/contracts.md, section 5); may be absent
+
+The format (GPT-NeoX v1.0 and v2.0, and Megatron-LM for token dtypes) has no checksum, so
+`TokenStore` checks everything that the index implies before it hands out a single id.
+`StoreWriter` writes under `.partial` names and brings the index into place only when the
+whole is on disk: whatever kills it, nothing is left that looks finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from castalia.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of doc_idx
+# GPT-NeoX's codes. Megatron-core swaps the two floating-point ones; token dtypes agree.
+DTYPES: Mapping[int, np.dtype[Any]] = {
+    code: np.dtype(name)
+    for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
+}
+UINT16_VOCABULARY = 65500  # GPT-NeoX's threshold: vocabularies below it are stored as uint16
+_CHUNK = 1 << 20  # entries handled at once, so that a large index needs little memory
+Prefix = str | os.PathLike[str]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype GPT-NeoX stores ids of an (unpadded) vocabulary in: uint16 or int32."""
+    return DTYPES[8] if vocab_size < UINT16_VOCABULARY else DTYPES[4]
+
+
+def store_files(prefix: Prefix) -> tuple[Path, Path, Path]:
+    """The names PREFIX.bin, PREFIX.idx and PREFIX.json."""
+    base = os.fspath(prefix)
+    return Path(base + ".bin"), Path(base + ".idx"), Path(base + ".json")
+
+
+def _partial(path: Path) -> Path:
+    return Path(f"{path}.partial")
+
+
+def is_finished(prefix: Prefix) -> bool:
+    """Whether a whole data set stands under this prefix.
+
+    `PREFIX.json.partial` without `PREFIX.json` means that the writer was killed between
+    its last renames; such a data set counts as unfinished.
+    """
+    bin_path, idx_path, info_path = store_files(prefix)
+    if not (bin_path.exists() and idx_path.exists()):
+        return False
+    return info_path.exists() or not _partial(info_path).exists()
+
+
+class TokenStore:
+    """Reader of PREFIX.bin / PREFIX.idx, memory-mapped; safe to share between threads.
+
+    Attributes:
+        dtype: dtype of the ids.
+        sizes: int32 [S], ids per sequence.
+        pointers: int64 [S], byte offset of each sequence in the .bin file.
+        doc_idx: int64 [D], sequence numbers at which documents start, then the end.
+        tokens: the whole .bin file as one array of `dtype`.
+        info: the parsed PREFIX.json, or None.
+
+    Raises:
+        UserError: a file is missing, truncated, of another format, or contradicts itself.
+    """
+
+    def __init__(self, prefix: Prefix) -> None:
+        self.prefix = os.fspath(prefix)
+        self.bin_path, self.idx_path, info_path = store_files(prefix)
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} does not exist: give the prefix of a token data set (the path without "
+                    f".bin or .idx), or make one with `castalia prepare`"
+                )
+        if not is_finished(prefix):
+            raise UserError(
+                f"{self.prefix} was left unfinished by an interrupted `castalia prepare`: "
+                f"run the same command again"
+            )
+        self._index: np.ndarray = _map(self.idx_path, np.dtype("u1"))
+        self.dtype, self._num_sequences, num_doc_idx = self._read_header()
+        size_end = HEADER.size + 4 * self._num_sequences
+        pointer_end = size_end + 8 * self._num_sequences
+        self.sizes: np.ndarray = self._index[HEADER.size : size_end].view("<i4")
+        self.pointers: np.ndarray = self._index[size_end:pointer_end].view("<i8")
+        self.doc_idx: np.ndarray = self._index[pointer_end : pointer_end + 8 * num_doc_idx].view("<i8")
+        self._num_tokens = self._check_arrays()
+        self.tokens: np.ndarray = _map(self.bin_path, self.dtype)
+        self._fingerprint: str | None = None
+        self.info: dict[str, Any] | None = self._read_info(info_path) if info_path.exists() else None
+
+    # -- opening and checking ------------------------------------------------------------
+
+    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
+        path, found = self.idx_path, len(self._index)
+        head = self._index[: HEADER.size].tobytes()
+        if head.startswith(OLD_MAGIC):
+            raise UserError(
+                f"{path} is in the old lazy/cached format (TNTIDX), which cannot be trained on: "
+                f"convert it to the mmap format with `castalia data convert`"
+            )
+        if not head.startswith(MAGIC[: len(head)]):
+            raise UserError(
+                f"{path} is not a token index (it does not begin with MMIDIDX): give another prefix"
+            )
+        if found < HEADER.size:
+            raise UserError(
+                f"{path} is truncated: its header takes {HEADER.size} bytes and {found} were found; "
+                f"prepare or copy it again"
+            )
+        _, version, code, num_sequences, num_doc_idx = HEADER.unpack(head)
+        if version != VERSION:
+            raise UserError(f"{path} is an .idx of another version ({version}; this reads version {VERSION})")
+        if code not in DTYPES:
+            raise UserError(
+                f"{path} has the unknown dtype code {code} (known: 1 to 8): prepare or copy it again"
+            )
+        expected = HEADER.size + 12 * num_sequences + 8 * num_doc_idx
+        if found != expected:
+            what = "is truncated" if found < expected else "is longer than it says"
+            raise UserError(
+                f"{path} {what}: {expected} bytes expected for {num_sequences} sequences, {found} found; "
+                f"prepare or copy it again"
+            )
+        return DTYPES[code], num_sequences, num_doc_idx
+
+    def _check_arrays(self) -> int:
+        """Check sizes, pointers and doc_idx against each other and the .bin; return the number of ids."""
+        total = 0
+        for start in range(0, self._num_sequences, _CHUNK):
+            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
+            ends = np.cumsum(sizes)
+            starts = (ends - sizes + total) * self.dtype.itemsize
+            if sizes.min() < 0 or not np.array_equal(starts, self.pointers[start : start + _CHUNK]):
+                raise UserError(
+                    f"{self.idx_path} is corrupt (its sizes and pointers disagree): prepare or copy it again"
+                )
+            total += int(ends[-1])
+        expected, found = total * self.dtype.itemsize, self.bin_path.stat().st_size
+        if expected != found:
+            what = "is truncated" if found < expected else "is longer than its index says"
+            raise UserError(
+                f"{self.bin_path} {what}: {expected} bytes expected, {found} found; prepare or copy it again"
+            )
+        previous = 0
+        for start in range(0, len(self.doc_idx), _CHUNK):
+            part = self.doc_idx[start : start + _CHUNK]
+            first = start == 0
+            if (
+                (first and part[0] != 0)
+                or part[0] < previous
+                or (np.diff(part) < 0).any()
+                or part[-1] > len(self)
+            ):
+                raise UserError(
+                    f"{self.idx_path} is corrupt (document starts out of order): prepare or copy it again"
+                )
+            previous = int(part[-1])
+        return total
+
+    def _read_info(self, path: Path) -> dict[str, Any]:
+        try:
+            info = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}): prepare the data set again") from None
+        if not isinstance(info, dict):
+            raise UserError(f"{path} is not a JSON object: prepare the data set again")
+        if info.get("version") != 1:
+            raise UserError(
+                f"{path} has version {info.get('version')!r}, this reads version 1: prepare it again"
+            )
+        if info.get("sha256") not in (None, self.fingerprint):
+            raise UserError(
+                f"{path} does not belong to {self.idx_path} (it names another SHA-256): "
+                f"prepare or copy both again"
+            )
+        return info
+
+    # -- reading -------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[str]]:
+        return TokenStore, (self.prefix,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids in all sequences together."""
+        return self._num_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the index file, in hexadecimal; computed once, when first asked for."""
+        if self._fingerprint is None:
+            with open(self.idx_path, "rb") as file:
+                self._fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._fingerprint
+
+    def get(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Ids [offset, offset + length) of sequence `i`, as a read-only view of the file.
+
+        Raises:
+            IndexError: the sequence or the range does not exist (GPT-NeoX's reader would
+                silently run on into the next document).
+        """
+        if not 0 <= i < self._num_sequences:
+            raise IndexError(f"sequence {i} of {self._num_sequences} in {self.prefix}")
+        size = int(self.sizes[i])
+        if length is None:
+            length = size - offset
+        if offset < 0 or length < 0 or offset + length > size:
+            raise IndexError(
+                f"ids [{offset}, {offset + length}) of sequence {i}, which has {size}, in {self.prefix}"
+            )
+        start = int(self.pointers[i]) // self.dtype.itemsize + offset
+        return self.tokens[start : start + length]
+
+
+def data_fingerprint(store: TokenStore) -> str:
+    """What a checkpoint keeps to know its data again: the SHA-256 of the index."""
+    return store.fingerprint
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """Map a file read-only; an empty file, which cannot be mapped, becomes an empty array."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+class StoreWriter:
+    """Writes a data set, one sequence per document, with memory for the sizes alone.
+
+    Use as a context manager and call `finish` inside it; leaving without it (an exception,
+    or simply no call) removes what was written. An older data set under the same prefix
+    stays readable until `finish` replaces it.
+
+        with StoreWriter("tokens", np.uint16) as writer:
+            for ids in documents:
+                writer.add_document(ids)
+            writer.finish({"version": 1, ...})
+
+    Raises:
+        UserError: another process is writing under this prefix, or an id does not fit.
+    """
+
+    def __init__(self, prefix: Prefix, dtype: np.typing.DTypeLike) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        if not codes:
+            raise ValueError(f"{self.dtype} cannot be stored in a token data set")
+        self._code = codes[0]
+        self.bin_path, self.idx_path, self.info_path = store_files(prefix)
+        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._sizes = array("i")
+        self._num_tokens = 0
+        self._partials: list[Path] = []
+        self._renaming = False
+        self._file: BinaryIO | None = self._open_locked()
+
+    def _open_locked(self) -> BinaryIO:
+        """Open PREFIX.bin.partial under an exclusive lock, so that two writers never mix."""
+        import fcntl
+
+        path = _partial(self.bin_path)
+        while True:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=1 << 20)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The holder before us may have renamed the file between our open and our lock.
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                same = False
+            except BlockingIOError:
+                file.close()
+                raise UserError(
+                    f"another process is writing {self.bin_path}: wait for it, or choose another output"
+                ) from None
+            if same:
+                file.truncate(0)
+                self._partials.append(path)
+                return file
+            file.close()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens
+
+    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Append one document of ids as one sequence."""
+        self.add_documents([ids])
+
+    def add_documents(self, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """Append several documents, each as one sequence."""
+        if self._file is None:
+            raise ValueError("the writer is closed")
+        for ids in documents:
+            part = self._convert(ids)
+            if part.size > 2**31 - 1:
+                raise UserError(
+                    f"a document of {part.size} tokens does not fit the format (2^31 - 1): split it up"
+                )
+            self._file.write(part.data)
+            self._sizes.append(part.size)
+            self._num_tokens += part.size
+
+    def _convert(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        try:
+            if not isinstance(ids, np.ndarray):
+                return np.array(ids, self.dtype)  # numpy itself refuses an int that does not fit
+            if self.dtype.kind in "iu" and ids.size and ids.dtype != self.dtype:
+                limits = np.iinfo(self.dtype)
+                if ids.min() < limits.min or ids.max() > limits.max:
+                    raise OverflowError
+        except OverflowError:
+            raise UserError(
+                f"a token id does not fit {self.dtype.name}, the dtype of {self.bin_path}: "
+                f"check the tokenizer's vocabulary size"
+            ) from None
+        return np.ascontiguousarray(ids, self.dtype)
+
+    def finish(
+        self, info: Mapping[str, Any] | None = None, attachments: Mapping[str, bytes] | None = None
+    ) -> str:
+        """Put the data set in place: everything to disk first, then renames, PREFIX.json last.
+
+        Args:
+            info: content of PREFIX.json, to which the index's `sha256` is added; None: no such file.
+            attachments: further files beside it, by the ending after PREFIX (`.tokenizer.json`).
+
+        Returns:
+            The fingerprint: SHA-256 of the index.
+        """
+        if self._file is None:
+            raise ValueError("the writer is closed")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        fingerprint = self._write_index(_partial(self.idx_path))
+        targets = [Path(self.prefix + ending) for ending in attachments or {}]
+        for path, content in zip(targets, (attachments or {}).values(), strict=True):
+            self._write_partial(path, content)
+        if info is not None:
+            text = json.dumps({**info, "sha256": fingerprint}, indent=2, ensure_ascii=False) + "\n"
+            self._write_partial(self.info_path, text.encode())
+        # From here a kill leaves no index, or an index beside PREFIX.json.partial: unfinished.
+        self._renaming = True
+        self.info_path.unlink(missing_ok=True)
+        self.idx_path.unlink(missing_ok=True)
+        for path in (*targets, self.bin_path, self.idx_path):
+            os.replace(_partial(path), path)
+        if info is not None:
+            os.replace(_partial(self.info_path), self.info_path)
+        else:
+            _partial(self.info_path).unlink(missing_ok=True)
+        _sync_folder(self.bin_path.parent)
+        self._partials.clear()
+        self._file.close()
+        self._file = None
+        return fingerprint
+
+    def abort(self) -> None:
+        """Remove what was written, unless `finish` was reached."""
+        if self._file is None:
+            return
+        # Interrupted between the renames of `finish`: the index must not stay without its PREFIX.json.
+        for path in (*([self.idx_path] if self._renaming else []), *self._partials):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
+
+    def _write_partial(self, path: Path, content: bytes) -> None:
+        self._partials.append(_partial(path))
+        with open(_partial(path), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_index(self, path: Path) -> str:
+        self._partials.append(path)
+        sizes = np.frombuffer(self._sizes, np.dtype("i4"))
+        digest = hashlib.sha256()
+        with open(path, "wb") as file:
+
+            def emit(data: bytes) -> None:
+                file.write(data)
+                digest.update(data)
+
+            emit(HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(sizes) + 1))
+            for start in range(0, len(sizes), _CHUNK):
+                emit(sizes[start : start + _CHUNK].astype("<i4").tobytes())
+            total = 0
+            for start in range(0, len(sizes), _CHUNK):
+                part = sizes[start : start + _CHUNK].astype(np.int64)
+                ends = np.cumsum(part)
+                emit(((ends - part + total) * self.dtype.itemsize).astype("<i8").tobytes())
+                total += int(ends[-1])
+            for start in range(0, len(sizes) + 1, _CHUNK):
+                emit(np.arange(start, min(start + _CHUNK, len(sizes) + 1), dtype="<i8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,67 @@
+"""Samples: the ids are those that the order points at; labels are shifted and masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from castalia.data.order import blend_requests
+from castalia.data.sample import BlendedDataset, PackedDataset, labels_of
+from castalia.data.store import StoreWriter, TokenStore
+from castalia.errors import UserError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    """Ten documents; id = 100 x document + position, so that every id says where it lies."""
+    with StoreWriter(tmp_path / "ds", "u2") as writer:
+        for d, size in enumerate([5, 1, 9, 30, 2, 17, 8, 4, 12, 3]):
+            writer.add_document(np.arange(size) + 100 * d)
+        writer.finish()
+    return TokenStore(tmp_path / "ds")
+
+
+def test_samples_are_the_ids_that_locate_names(store: TokenStore) -> None:
+    data = PackedDataset(store, (0, 9), 40, 8, 1234)
+    assert len(data) == 42
+    for i in range(len(data)):
+        ids = data[i]
+        assert ids.dtype == np.int64 and ids.shape == (9,)
+        assert ids.tolist() == [100 * seq + offset + k for seq, offset, n in data.locate(i) for k in range(n)]
+    # Sample 3 served is stream sample 0 (golden shuffle_idx), the beginning of document 8.
+    assert data[3].tolist() == [800, 801, 802, 803, 804, 805, 806, 807, 808]
+    assert data[0].tolist() == [808, 809, 810, 811, 800, 801, 802, 803, 804]
+
+
+def test_beyond_the_end_is_an_error(store: TokenStore) -> None:
+    data = PackedDataset(store, (0, 9), 40, 8, 1234)
+    with pytest.raises(UserError, match="sample 42"):
+        data[42]
+
+
+def test_blend(store: TokenStore) -> None:
+    weights = [1.0, 3.0]
+    requests = blend_requests(weights, 20)
+    parts = [PackedDataset(store, span, n, 8, 7) for span, n in zip([(0, 5), (5, 10)], requests, strict=True)]
+    blend = BlendedDataset(parts, weights, 20)
+    assert len(blend) == 20
+    seen = [0, 0]
+    for n in range(20):
+        which, pieces = blend.locate(n)
+        assert blend[n].tolist() == parts[which][seen[which]].tolist()
+        assert pieces == parts[which].locate(seen[which])
+        seen[which] += 1
+    assert seen == [5, 15]
+    with pytest.raises(UserError, match="the blend holds 20"):
+        blend[20]
+    with pytest.raises(UserError, match="one weight for each"):
+        BlendedDataset(parts, [1.0], 20)
+
+
+def test_labels_mask_where_the_input_is_eod() -> None:
+    ids = np.array([[3, 0, 4, 0, 5]])
+    assert labels_of(ids).tolist() == [[0, 4, 0, 5]]
+    assert labels_of(ids, eod=0).tolist() == [[0, -100, 0, -100]]
+    assert ids.tolist() == [[3, 0, 4, 0, 5]]
