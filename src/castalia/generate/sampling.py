@@ -1,0 +1,152 @@
+"""Logits -> the next token: temperature, top-k, nucleus, and a draw that repeats by its seed.
+
+    logits [B,V] ─padding out─ / temperature ─top-k─ softmax ─top-p─> probabilities [B,V] ─u~U(0,1)─> ids [B]
+
+Each sequence draws from its own generator, one uniform number per token, and the token is
+where that number falls on the cumulative distribution. So what a sequence draws does not
+depend on which others share its batch. Everything here is a pure function of its
+arguments, apart from the generators' state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castalia.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_k: only the k most probable tokens; 0 or None: all.
+        top_p: only the smallest set of most probable tokens whose probability reaches p
+            (Holtzman et al. 2020), at least one; 1 or None: all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give a positive number of tokens, or 0 for all of them")
+        if self.top_p is not None and not 0 <= self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; give a probability from 0 to 1")
+
+
+def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
+    """Rule out ids >= `vocab_size`: rows that exist only to round up the vocabulary mean nothing."""
+    if logits.shape[-1] <= vocab_size:
+        return logits
+    padding = torch.arange(logits.shape[-1], device=logits.device) >= vocab_size
+    return logits.masked_fill(padding, float("-inf"))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Rule out all but the k largest logits of each row; of equal ones the lower id stays."""
+    if k >= logits.shape[-1]:
+        return logits
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    return logits.scatter(-1, order[..., k:], float("-inf"))
+
+
+def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
+    """Zero all but the nucleus of each row and rescale to sum 1.
+
+    The nucleus is the shortest prefix, in order of decreasing probability, whose sum reaches p: a token
+    stays if what precedes it has not reached p yet. The first token has nothing before it and stays.
+    """
+    if p >= 1:
+        return probabilities
+    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    outside = before >= p
+    outside[..., 0] = False
+    kept = torch.empty_like(ranked).scatter(-1, order, ranked.masked_fill(outside, 0.0))
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def next_token_probabilities(logits: Tensor, settings: SamplingSettings, vocab_size: int | None = None) -> Tensor:
+    """The distribution that the next token is drawn from.
+
+    Args:
+        logits: `[B, V]`.
+        settings: temperature, then top-k, then top-p, in this order.
+        vocab_size: ids from here on are padding and get probability 0; None: there is none.
+
+    Returns:
+        float64 `[B, V]`, each row summing to 1. With temperature 0 the most probable token has
+        probability 1 (of equal ones the lowest id).
+    """
+    # In double precision, so that a nucleus' edge and the cumulative sum over 50,000 tokens are not
+    # decided by rounding.
+    logits = logits.double()
+    if vocab_size is not None:
+        logits = mask_padding(logits, vocab_size)
+    if settings.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # Subtract the maximum first: a tiny temperature must not overflow to inf - inf.
+    logits = (logits - logits.amax(-1, keepdim=True)) / settings.temperature
+    if settings.top_k:
+        logits = keep_top_k(logits, settings.top_k)
+    probabilities = logits.softmax(-1)
+    return probabilities if settings.top_p is None else keep_top_p(probabilities, settings.top_p)
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The id at which the cumulative distribution passes a uniform number.
+
+    Args:
+        probabilities: float64 `[B, V]`; rows need not sum to exactly 1.
+        uniforms: float64 `[B]` in [0, 1).
+
+    Returns:
+        int64 `[B]`; never an id of probability 0.
+    """
+    cumulative = probabilities.cumsum(-1)
+    # Scaled by the row's own total, so that rounding cannot leave a gap at the end. `right` skips ids of
+    # probability 0, whose cumulative value equals their predecessor's.
+    target = uniforms.unsqueeze(-1).to(cumulative.device) * cumulative[..., -1:]
+    ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1)
+    return torch.minimum(ids, last)
+
+
+def sample(
+    logits: Tensor, settings: SamplingSettings, generators: Sequence[torch.Generator], vocab_size: int | None = None
+) -> Tensor:
+    """Choose the next token of each sequence.
+
+    Args:
+        logits: `[B, V]`.
+        settings: how to choose.
+        generators: one per sequence, on the CPU; each gives one number (none when greedy).
+        vocab_size: ids from here on are never chosen.
+
+    Returns:
+        int64 `[B]`.
+    """
+    if settings.temperature == 0:
+        return (logits if vocab_size is None else mask_padding(logits, vocab_size)).argmax(-1)
+    uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    return draw(next_token_probabilities(logits, settings, vocab_size), uniforms)
+
+
+def make_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of sequence number `index` under `seed`.
+
+    Hashed, because generators seeded with neighbouring numbers need not be independent and because
+    (seed 0, index 1) must differ from (seed 1, index 0).
+    """
+    digest = hashlib.sha256(f"castalia sample {seed} {index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
