@@ -288,6 +288,8 @@ class Config(Section):
                 f"data.seq_length {self.data.seq_length} is beyond model.max_position_embeddings "
                 f"{self.max_positions}: shorten the one or raise the other"
             )
+        if self.schedule.type == "wsd" and self.schedule.arithmetic != "native":
+            raise ValueError("schedule.type wsd is not one of GPT-NeoX's: it needs schedule.arithmetic native")
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self

@@ -1,0 +1,298 @@
+"""What holds the weights while they are trained.
+
+A store owns the fp32 master weights (which are the module's own parameters), the gradients
+and the optimizer. It lends *working* weights for a forward pass and takes their gradients:
+
+    masters fp32 ──refresh──> working weights ──forward, backward──> their .grad
+       ^                      (bf16 copies of the matrices)               │ collect()
+       └──────── optimizer <──── gradients fp32 <─────────────────────────┘
+
+`PlainStore` works parameter by parameter, and is what a sharded run uses. `ArenaStore` keeps
+masters, gradients and moments as views into a few flat buffers, one per segment (parameters
+that share decay and dtype of their working copy), so that clipping and the update are a
+handful of long kernels. The two agree to the rounding of a sum's order; a test holds them to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from castalia.config import OptimizerConfig
+from castalia.errors import UserError
+from castalia.optim.optimizers import Groups, by_decay, optimizer_kind, prepare_state
+
+_NORM_ROW = 1 << 10
+_ADD_CHUNK = 1 << 18
+
+
+class WeightStore(Protocol):
+    """What the step needs of whoever holds the weights."""
+
+    optimizer: torch.optim.Optimizer
+
+    def working(self) -> dict[str, Tensor]:
+        """Weights for a forward pass, by canonical name; differentiable where gradients are on."""
+        ...
+
+    def collect(self) -> None:
+        """Add the gradients of the working weights to the accumulated ones."""
+        ...
+
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm of the accumulated gradients, a fp32 scalar."""
+        ...
+
+    def step(self, lr: float, divisor: Tensor | None = None) -> None:
+        """Update the masters with the accumulated gradients / divisor (clipping), then forget those."""
+        ...
+
+    def refresh(self) -> None:
+        """Make the working copies agree with the masters, after those were written from outside."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`model.<name>` and `optimizer.<name>.<moment>`: what a checkpoint holds, to read and to write in place."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Accumulated gradients by name (views or copies), for inspection."""
+        ...
+
+    def set_updates(self, done: int) -> None:
+        """Tell the optimizer how many updates its moments have seen (bias correction)."""
+        ...
+
+
+def make_store(model: nn.Module, cfg: OptimizerConfig, precision: str, arena: bool) -> WeightStore:
+    """The store that the configuration asks for.
+
+    Raises:
+        UserError: the arena is asked for with an optimizer that needs whole matrices.
+    """
+    kind = optimizer_kind(cfg)
+    if arena and not kind.elementwise:
+        raise UserError(f"performance.arena: optimizer '{cfg.type}' needs whole matrices: set performance.arena=false")
+    low = torch.bfloat16 if precision == "bf16" else None
+    return ArenaStore(model, cfg, low) if arena else PlainStore(model, cfg, low)
+
+
+def low_precision_names(model: nn.Module) -> list[str]:
+    """The matrices that matrix products read: every one but an embedding that is only looked up."""
+    tied = not any(name.startswith("head.") for name, _ in model.named_parameters())
+    return [n for n, p in model.named_parameters() if p.ndim > 1 and (tied or n != "embedding.weight")]
+
+
+@torch.no_grad()
+def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Global L2 norm of some tensors, fp32.
+
+    In short rows whose squares are summed in fp64: torch's own fp32 norm of a long vector on a CPU
+    errs by up to a percent, which would clip differently from layout to layout.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        whole = flat.numel() // _NORM_ROW * _NORM_ROW
+        if whole:
+            total += torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1).double().square().sum()
+        total += flat[whole:].double().square().sum()
+    return total.sqrt().float()
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """total += part, by way of a small fp32 scratch: torch's mixed-dtype add is three times slower on CPUs."""
+    if part.dtype == total.dtype or total.device.type != "cpu":
+        total.add_(part)
+        return
+    into, source = total.view(-1), part.reshape(-1)
+    scratch = torch.empty(min(_ADD_CHUNK, into.numel()), dtype=total.dtype)
+    for start in range(0, into.numel(), _ADD_CHUNK):
+        piece = source[start : start + _ADD_CHUNK]
+        into[start : start + _ADD_CHUNK].add_(scratch[: piece.numel()].copy_(piece))
+
+
+class _Store:
+    """What the two stores share."""
+
+    def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
+        self._model, self._cfg, self._kind, self._low = model, cfg, optimizer_kind(cfg), low
+        self._parameters = dict(model.named_parameters())
+        self._low_names = low_precision_names(model) if low else []
+        self.optimizer: torch.optim.Optimizer
+
+    def _make_optimizer(self, groups: Groups) -> None:
+        self.optimizer = self._kind.make(groups, self._cfg)
+        prepare_state(self.optimizer, self._kind)
+
+    def _update(self, lr: float, divisor: Tensor | None, gradients: list[Tensor]) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if divisor is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # Fused kernels divide on the way, as they do for a loss scaler: no extra pass over the gradients.
+            self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+            self.optimizer.found_inf = torch.zeros_like(divisor)  # type: ignore[attr-defined]
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+            return
+        if divisor is not None:
+            torch._foreach_div_(gradients, divisor)
+        self.optimizer.step()
+
+    def set_updates(self, done: int) -> None:
+        """See WeightStore."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(done))
+
+
+class PlainStore(_Store):
+    """Masters are separate parameters; bf16 working weights are differentiable casts of them."""
+
+    def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
+        super().__init__(model, cfg, low)
+        self._make_optimizer(
+            [
+                {"params": [self._parameters[n] for n in names], "weight_decay": cfg.weight_decay if decay else 0.0}
+                for decay, names in by_decay(self._parameters)
+            ]
+        )
+
+    def working(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        low = set(self._low_names)
+        return {n: p.to(self._low) if n in low else p for n, p in self._parameters.items()}
+
+    def collect(self) -> None:
+        """Nothing to do: backward has accumulated into the masters' own fp32 gradients."""
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+    def gradient_norm(self) -> Tensor:
+        """See WeightStore."""
+        return l2_norm(self._grads())
+
+    def step(self, lr: float, divisor: Tensor | None = None) -> None:
+        """See WeightStore."""
+        self._update(lr, divisor, self._grads())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def refresh(self) -> None:
+        """Nothing to do: the casts are made anew for each forward pass."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        out = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
+        for n, p in self._parameters.items():
+            out |= {f"optimizer.{n}.{m}": self.optimizer.state[p][m] for m in self._kind.moments}
+        return out
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        return {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+
+
+class _Segment:
+    """Parameters that share decay and working dtype, end to end in flat buffers."""
+
+    def __init__(self, names: list[str], parameters: dict[str, nn.Parameter], decay: bool, low: torch.dtype | None):
+        self.names, self.decay, self.low = names, decay, low
+        self.shapes = [parameters[n].shape for n in names]
+        self.sizes = [parameters[n].numel() for n in names]
+        first = parameters[names[0]]
+        self.master = nn.Parameter(torch.empty(sum(self.sizes), dtype=torch.float32, device=first.device))
+        self.gradient = torch.zeros_like(self.master)
+        self.master.grad = self.gradient
+        self.copy = None if low is None else torch.empty_like(self.master, dtype=low)
+        with torch.no_grad():
+            for name, view in self.views(self.master.detach()):
+                view.copy_(parameters[name])
+                parameters[name].data = view
+        self.working = {
+            n: (parameters[n] if self.copy is None else v.requires_grad_())
+            for n, v in self.views(self.master.detach() if self.copy is None else self.copy)
+        }
+        self.gradient_views = [v for _, v in self.views(self.gradient)]
+
+    def views(self, flat: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """Name and shaped view of each parameter's stretch of a flat buffer."""
+        pieces = flat.split(self.sizes)
+        return zip(self.names, (p.view(s) for p, s in zip(pieces, self.shapes, strict=True)), strict=True)
+
+
+class ArenaStore(_Store):
+    """Masters, gradients, moments and bf16 copies in flat buffers; parameters are views of the masters."""
+
+    def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
+        super().__init__(model, cfg, low)
+        low_names = set(self._low_names)
+        self._segments = []
+        for decay, names in by_decay(self._parameters):
+            for is_low in (True, False):
+                members = [n for n in names if (n in low_names) is is_low]
+                if members:
+                    self._segments.append(_Segment(members, self._parameters, decay, low if is_low else None))
+        self._make_optimizer(
+            [
+                {"params": [s.master], "weight_decay": cfg.weight_decay if s.decay else 0.0}
+                for s in self._segments
+            ]
+        )
+        self._empty = True
+        self.refresh()
+
+    def working(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        return {n: w for s in self._segments for n, w in s.working.items()}
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """See WeightStore; the sum over micro-batches is fp32 whatever the working dtype."""
+        for segment in self._segments:
+            tensors = list(segment.working.values())
+            grads = [t.grad for t in tensors]
+            if any(g is None for g in grads):
+                missing = [n for n, t in segment.working.items() if t.grad is None]
+                raise RuntimeError(f"no gradient reached {missing[0]}: a part of the model is not used in its forward")
+            if self._empty:
+                torch._foreach_copy_(segment.gradient_views, grads)
+            else:
+                for total, part in zip(segment.gradient_views, grads, strict=True):
+                    _add(total, part)
+            for t in tensors:
+                t.grad = None
+        self._empty = False
+
+    def gradient_norm(self) -> Tensor:
+        """See WeightStore."""
+        return l2_norm([s.gradient for s in self._segments])
+
+    @torch.no_grad()
+    def step(self, lr: float, divisor: Tensor | None = None) -> None:
+        """See WeightStore."""
+        self._update(lr, divisor, [s.gradient for s in self._segments])
+        self._empty = True
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """See WeightStore."""
+        for segment in self._segments:
+            if segment.copy is not None:
+                segment.copy.copy_(segment.master)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        out = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
+        for segment in self._segments:
+            for moment in self._kind.moments:
+                flat = self.optimizer.state[segment.master][moment]
+                out |= {f"optimizer.{n}.{moment}": v for n, v in segment.views(flat)}
+        return out
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        return {n: v for s in self._segments for n, v in zip(s.names, s.gradient_views, strict=True)}

@@ -1,0 +1,136 @@
+"""Configuration -> the tokenizer and the data sets of a run, with their fingerprints.
+
+    data.path + split ──┐                           ┌> train  PackedDataset / BlendedDataset
+    data.*_paths ───────┴─> TokenStore, documents ──┼> valid
+                                                    └> test
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from castalia.config import Config
+from castalia.data.order import blend_requests, split_documents
+from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
+from castalia.data.store import TokenStore, data_fingerprint
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        datasets: by split; a split without data is absent.
+        fingerprints: of every data set read, by its prefix.
+        token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer.
+    """
+
+    datasets: dict[str, SampleSource]
+    fingerprints: dict[str, str]
+    tokenizer: Tokenizer | None
+    token_bytes: np.ndarray | None
+
+
+def open_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer that the configuration names, or the one kept beside the data; None if neither is there.
+
+    Raises:
+        UserError: it cannot be read, or it is not the one the data was made with.
+    """
+    prefixes = _prefixes(config)
+    kept = [Path(f"{prefix}.tokenizer.json") for prefix in prefixes]
+    stores = [TokenStore(prefix) for prefix in prefixes]
+    infos = [(s, p) for s, p in zip((s.info for s in stores), prefixes, strict=True) if s]
+    spec: str | None = config.tokenizer.path
+    if spec is None:
+        spec = next((str(path) for path in kept if path.exists()), None)
+        if spec is None:
+            spec = "byte" if infos and infos[0][0]["tokenizer"]["type"] == "byte" else None
+    if spec is None:
+        return None
+    tokenizer = load_tokenizer(spec)
+    mine = tokenizer.identity()
+    for info, prefix in infos:
+        theirs = info["tokenizer"]
+        if theirs.get("sha256") != mine.get("sha256") or theirs["type"] != mine["type"]:
+            raise UserError(
+                f"{prefix}: was made with another tokenizer ({theirs['type']}, {theirs['vocab_size']} ids) than {spec} "
+                f"({mine['type']}, {mine['vocab_size']} ids): name the right one in tokenizer.path, or prepare the data again"
+            )
+    return tokenizer
+
+
+def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunData:
+    """Open the data sets for a run of `steps` steps.
+
+    Args:
+        config: the run, derived.
+        steps: optimizer steps, which decide how many samples are laid out.
+        tokenizer: for bits per byte, where there is one.
+
+    Raises:
+        UserError: a data set is missing, damaged, too small, or no data is named.
+    """
+    counts = sample_counts(config, steps)
+    fingerprints: dict[str, str] = {}
+    datasets: dict[str, SampleSource] = {}
+    if config.data.path is not None:
+        store = _open(config.data.path, config, fingerprints)
+        parts = split_documents(len(store), config.data.split)
+        for split, documents in zip(SPLITS, parts, strict=True):
+            if documents[1] > documents[0] and counts[split] > 0:
+                datasets[split] = _packed(store, documents, counts[split], config)
+    else:
+        for split in SPLITS:
+            paths = getattr(config.data, f"{split}_paths")
+            if paths and counts[split] > 0:
+                weights = getattr(config.data, f"{split}_weights") or [1.0] * len(paths)
+                stores = [_open(path, config, fingerprints) for path in paths]
+                wanted = blend_requests(weights, counts[split])
+                parts_ = [_packed(s, (0, len(s)), n, config) for s, n in zip(stores, wanted, strict=True)]
+                datasets[split] = BlendedDataset(parts_, weights, counts[split]) if len(parts_) > 1 else parts_[0]
+    if steps > 0 and "train" not in datasets:
+        raise UserError("no training data: give data.path (with data.split), or data.train_paths")
+    table = tokenizer.token_bytes() if tokenizer is not None else None
+    return RunData(datasets, fingerprints, tokenizer, table)
+
+
+def sample_counts(config: Config, steps: int) -> dict[str, int]:
+    """Samples asked of each split, as GPT-NeoX reckons them where its order must come out the same."""
+    batch, evaluation = config.training.batch_size, config.evaluation
+    once = evaluation.batches * batch
+    times = steps // evaluation.interval + 1 if evaluation.interval else 1
+    wanted = evaluation.interval is not None or evaluation.at_end
+    valid = once * (times if evaluation.continuing else 1) if wanted else 0
+    return {"train": steps * batch, "valid": valid, "test": once if evaluation.test_at_end else 0}
+
+
+def _prefixes(config: Config) -> list[str]:
+    data = config.data
+    if data.path is not None:
+        return [data.path]
+    return [p for paths in (data.train_paths, data.valid_paths, data.test_paths) for p in paths or []]
+
+
+def _open(prefix: str, config: Config, fingerprints: dict[str, str]) -> TokenStore:
+    store = TokenStore(prefix)
+    fingerprints[prefix] = data_fingerprint(store)
+    vocab = config.model.vocab_size
+    known = (store.info or {}).get("tokenizer", {}).get("vocab_size")
+    if vocab is not None and known is not None and known > vocab:
+        raise UserError(
+            f"{prefix}: its tokenizer has {known} ids, more than model.vocab_size {vocab}: raise model.vocab_size"
+        )
+    return store
+
+
+def _packed(store: TokenStore, documents: tuple[int, int], samples: int, config: Config) -> PackedDataset:
+    seed = config.training.seed if config.data.seed is None else config.data.seed
+    return PackedDataset(store, documents, samples, config.data.seq_length, seed)

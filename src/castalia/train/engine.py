@@ -1,0 +1,112 @@
+"""One step's forward and backward on one device: micro-batches -> summed loss, gradients in the store.
+
+The engine is the only place that knows how the model is called: with the store's working
+weights, compiled or not, and with the loss at the end. A pipelined or sharded engine offers
+the same two methods, so the loop has no special cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from castalia.config import LossConfig
+from castalia.data.loader import Batch
+from castalia.model.loss import linear_cross_entropy
+from castalia.model.transformer import Transformer
+from castalia.optim import WeightStore
+
+
+@dataclass
+class StepStats:
+    """What a step, or an evaluation, saw.
+
+    Attributes:
+        nll_sum: negative log-likelihood in nats, summed over valid tokens.
+        tokens: valid tokens.
+        loss: what was minimised: nll_sum / tokens, or the mean of micro-batch means.
+        aux: further losses by name.
+    """
+
+    nll_sum: float
+    tokens: int
+    loss: float
+    aux: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """What the loop needs."""
+
+    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int) -> StepStats:
+        """Accumulate the gradient of the global batch's loss into the store."""
+        ...
+
+    def evaluate(self, micro_batches: Sequence[Batch]) -> StepStats:
+        """The loss of some batches, without gradients."""
+        ...
+
+
+class LocalEngine:
+    """One process, one device.
+
+    Args:
+        model: the module whose forward is run.
+        store: holder of its weights.
+        loss: how losses are averaged and chunked.
+        compiled: compile the model's forward and backward (one graph per shape).
+    """
+
+    def __init__(self, model: Transformer, store: WeightStore, loss: LossConfig, compiled: bool = False) -> None:
+        self.model, self.store, self.loss = model, store, loss
+        self.device = model.embedding.weight.device
+
+        def hidden(weights: dict[str, Tensor], tokens: Tensor, positions: Tensor | None) -> Tensor:
+            out: Tensor = functional_call(model, weights, (tokens, positions))
+            return out
+
+        self._hidden: Callable[..., Tensor] = torch.compile(hidden, dynamic=False) if compiled else hidden
+
+    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int) -> StepStats:
+        """See Engine. `global_tokens` are the valid labels of the whole batch over all ranks."""
+        by_tokens = self.loss.normalisation == "tokens"
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        means = torch.zeros_like(nll)
+        tokens = 0
+        for batch in micro_batches:
+            valid = batch.num_tokens
+            # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
+            scale = 1.0 / (global_tokens if by_tokens else len(micro_batches) * max(valid, 1))
+            scaled, plain = self._loss(batch, scale)
+            scaled.backward()
+            self.store.collect()
+            nll += plain
+            means += plain / max(valid, 1)
+            tokens += valid
+        loss = nll / max(tokens, 1) if by_tokens else means / len(micro_batches)
+        return StepStats(nll_sum=nll.item(), tokens=tokens, loss=loss.item())
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> StepStats:
+        """See Engine."""
+        nll, means, tokens = 0.0, 0.0, 0
+        for batch in micro_batches:
+            total = self._loss(batch, 1.0)[1].item()
+            nll += total
+            means += total / max(batch.num_tokens, 1)
+            tokens += batch.num_tokens
+        by_tokens = self.loss.normalisation == "tokens"
+        return StepStats(nll, tokens, nll / max(tokens, 1) if by_tokens else means / max(len(micro_batches), 1))
+
+    def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+        weights = self.store.working()
+        # Positions are the default 0 .. S-1 unless documents are kept apart.
+        positions = None if batch.doc_ids is None else batch.positions.to(self.device)
+        hidden = self._hidden(weights, batch.tokens.to(self.device), positions)
+        head = weights[self.model.head_name]
+        labels = batch.labels.to(self.device)
+        return linear_cross_entropy(hidden, head, labels, scale=scale, chunk_size=self.loss.chunk_size)
