@@ -1,0 +1,72 @@
+"""The chunked loss: value and gradients equal plain cross-entropy's, ignored labels are really ignored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from castalia.model.loss import IGNORED, linear_cross_entropy, token_nll
+
+
+def _case(tokens=37, hidden=16, vocab=101, ignored=(0, 5, 36)):
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(tokens, hidden, generator=g)
+    w = torch.randn(vocab, hidden, generator=g)
+    y = torch.randint(0, vocab, (tokens,), generator=g)
+    y[list(ignored)] = IGNORED
+    return h, w, y
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 512])
+def test_equals_plain_cross_entropy(chunk):
+    h, w, y = _case()
+    mine = [t.clone().requires_grad_() for t in (h, w)]
+    theirs = [t.clone().double().requires_grad_() for t in (h, w)]
+    scaled, plain = linear_cross_entropy(*mine, y, scale=0.25, chunk_size=chunk)
+    (scaled * 3).backward()
+    reference = F.cross_entropy(theirs[0] @ theirs[1].T, y, ignore_index=IGNORED, reduction="sum")
+    (reference * 0.75).backward()
+    assert plain.item() == pytest.approx(reference.item(), rel=1e-6)
+    assert scaled.item() == pytest.approx(0.25 * reference.item(), rel=1e-6)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.grad.double() - b.grad).norm() < 1e-6 * b.grad.norm()
+
+
+def test_large_logits_do_not_overflow():
+    h, w, y = _case()
+    scaled, _ = linear_cross_entropy(h * 100, w * 10, y)
+    reference = F.cross_entropy((h * 100).double() @ (w * 10).double().T, y, ignore_index=IGNORED, reduction="sum")
+    assert scaled.item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_all_ignored_is_zero_not_nan():
+    h, w, y = _case()
+    h.requires_grad_()
+    w.requires_grad_()
+    scaled, _ = linear_cross_entropy(h, w, torch.full_like(y, IGNORED))
+    scaled.backward()
+    assert scaled.item() == 0.0 and h.grad.abs().max() == 0 and w.grad.abs().max() == 0
+
+
+def test_bf16_gradient_is_as_good_as_bf16_allows():
+    """Within twice the error of rounding the operands alone."""
+    h, w, y = _case(tokens=256, hidden=64, vocab=1000, ignored=())
+    exact = [t.clone().double().requires_grad_() for t in (h, w)]
+    F.cross_entropy(exact[0] @ exact[1].T, y, reduction="sum").backward()
+    mine = [h.clone().requires_grad_(), w.bfloat16().requires_grad_()]
+    linear_cross_entropy(*mine, y, chunk_size=64)[0].backward()
+    rounded = [t.bfloat16().double().requires_grad_() for t in (h, w)]
+    F.cross_entropy(rounded[0] @ rounded[1].T, y, reduction="sum").backward()
+    for a, b, r in zip(mine, exact, rounded, strict=True):
+        floor = (r.grad - b.grad).norm() / b.grad.norm()
+        assert (a.grad.double() - b.grad).norm() / b.grad.norm() < 2 * floor + 2.0**-8
+
+
+def test_token_nll_matches_and_keeps_shape():
+    h, w, y = _case(tokens=36, ignored=(3,))
+    nll = token_nll(h.view(4, 9, -1), w, y.view(4, 9), chunk_size=5)
+    reference = F.cross_entropy(h @ w.T, y, ignore_index=IGNORED, reduction="none").view(4, 9)
+    assert nll.shape == (4, 9)
+    torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-6)
+    assert nll[0, 3] == 0
