@@ -1,0 +1,197 @@
+"""From a step's specification to this rank's micro-batches, read ahead in a thread.
+
+    StepSpec ──> sample numbers of this rank ──dataset──> ids [b, L+1] ──> Batch(tokens, labels)
+
+The samples of a step depend on the plan alone. Which rank and micro-step takes which follows
+GPT-NeoX's loader: micro-step g of rank r takes the r-th slice of `micro_batch_size` samples
+of the g-th global micro-batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from castalia.data.plan import RunPlan, StepSpec
+from castalia.data.sample import IGNORED, SampleSource, labels_of
+from castalia.errors import UserError
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        tokens: int64 [b, s], the model's input.
+        labels: int64 [b, s], the id to predict at each position; -100 is left out of the loss.
+        positions: int64 [b, s], 0..s-1 in every row.
+        doc_ids: int32 [b, s], which document each token belongs to, or None: all one document.
+        extras: further tensors by name, such as rewards.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    doc_ids: torch.Tensor | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels that count in the loss."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+
+        return Batch(
+            move(self.tokens),
+            move(self.labels),
+            move(self.positions),
+            move(self.doc_ids),
+            {name: move(value) for name, value in self.extras.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A data-parallel coordinate: the `rank`-th of `world` replicas."""
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank {self.rank} of a world of {self.world}")
+
+
+class Loader:
+    """Gives one data-parallel rank its micro-batches.
+
+    Args:
+        dataset: numbered samples of L + 1 ids.
+        plan: the plan of steps, which `stream` follows.
+        shard: this rank's place among the data-parallel replicas.
+        micro_batch_size: sequences per forward pass and device.
+        prefetch: steps that `stream` reads ahead in a thread; 0 reads in the caller.
+        eod: id that ends a document; needed with `eod_mask_loss`.
+        eod_mask_loss: leave out of the loss what follows the end of a document.
+
+    Raises:
+        UserError: a batch does not divide into micro-batches of all ranks, samples are shorter
+            than the plan's sequences, or `eod_mask_loss` lacks an `eod`.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        plan: RunPlan,
+        shard: Shard,
+        micro_batch_size: int,
+        prefetch: int = 2,
+        eod: int | None = None,
+        eod_mask_loss: bool = False,
+    ) -> None:
+        if eod_mask_loss and eod is None:
+            raise UserError(
+                "data.eod_mask_loss needs a tokenizer with an end-of-document token, and this one has none"
+            )
+        if plan.seq_length > dataset.seq_length:
+            raise UserError(
+                f"the plan's sequences of {plan.seq_length} tokens are longer than the data set's samples "
+                f"of {dataset.seq_length}: raise data.seq_length"
+            )
+        self.dataset = dataset
+        self.plan = plan
+        self.shard = shard
+        self.micro_batch_size = micro_batch_size
+        self.prefetch = prefetch
+        self.mask_eod = eod if eod_mask_loss else None
+        self.sample_numbers(StepSpec(0, 0, plan.batch_size, plan.seq_length))  # refuse a bad division now
+
+    def sample_numbers(self, spec: StepSpec) -> np.ndarray:
+        """Numbers of this rank's samples of a step: int64 [micro-steps, micro_batch_size]."""
+        together = self.shard.world * self.micro_batch_size
+        if spec.num_samples % together:
+            raise UserError(
+                f"a batch of {spec.num_samples} sequences does not divide into micro-batches of "
+                f"{self.micro_batch_size} on {self.shard.world} replicas: "
+                f"make training.batch_size a multiple of {together}"
+            )
+        numbers = np.arange(spec.first_sample, spec.first_sample + spec.num_samples)
+        return numbers.reshape(-1, self.shard.world, self.micro_batch_size)[:, self.shard.rank]
+
+    def batch(self, spec: StepSpec) -> list[Batch]:
+        """This rank's micro-batches of a step, in the order of its forward passes."""
+        return [self._micro_batch(numbers, spec.seq_length) for numbers in self.sample_numbers(spec)]
+
+    def _micro_batch(self, numbers: np.ndarray, seq_length: int) -> Batch:
+        ids = np.stack([self.dataset[int(i)][: seq_length + 1] for i in numbers])
+        return Batch(
+            tokens=torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
+            labels=torch.from_numpy(labels_of(ids, self.mask_eod)),
+            positions=torch.arange(seq_length).repeat(len(ids), 1),
+        )
+
+    def stream(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+        """Micro-batches of the plan's steps [first_step, last_step), one list per step.
+
+        Closing the iterator, or leaving its loop, stops the thread that reads ahead; an
+        exception in that thread is raised here.
+        """
+        return self.stream_specs(self.plan.at(step) for step in range(first_step, last_step))
+
+    def stream_specs(self, specs: Iterable[StepSpec]) -> Iterator[list[Batch]]:
+        """As `stream`, for any specs, such as those of an evaluation."""
+        if self.prefetch < 1:
+            return map(self.batch, specs)
+        return self._read_ahead(specs)
+
+    def _read_ahead(self, specs: Iterable[StepSpec]) -> Iterator[list[Batch]]:
+        # One sentinel type per outcome keeps a None or an exception from passing for data.
+        ready: queue.Queue[list[Batch] | _End] = queue.Queue(self.prefetch)
+        stop = threading.Event()
+
+        def put(item: list[Batch] | _End) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                for spec in specs:
+                    if stop.is_set():
+                        return
+                    put(self.batch(spec))
+            except BaseException as error:  # handed to the consumer, who raises it
+                put(_End(error))
+            else:
+                put(_End(None))
+
+        thread = threading.Thread(target=work, name="castalia-loader", daemon=True)
+        thread.start()
+        try:
+            while not isinstance(item := ready.get(), _End):
+                yield item
+            if item.error is not None:
+                raise item.error
+        finally:
+            stop.set()
+            thread.join()
+
+
+@dataclass(frozen=True)
+class _End:
+    """Last item of the queue: the specs are exhausted, or reading them failed."""
+
+    error: BaseException | None
