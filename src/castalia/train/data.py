@@ -14,6 +14,7 @@ import numpy as np
 
 from castalia.config import Config
 from castalia.data.order import blend_requests, split_documents
+from castalia.data.plan import evaluation_samples
 from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
 from castalia.data.store import TokenStore, data_fingerprint
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
@@ -106,9 +107,9 @@ def sample_counts(config: Config, steps: int) -> dict[str, int]:
     """Samples asked of each split, as GPT-NeoX reckons them where its order must come out the same."""
     batch, evaluation = config.training.batch_size, config.evaluation
     once = evaluation.batches * batch
-    times = steps // evaluation.interval + 1 if evaluation.interval else 1
-    wanted = evaluation.interval is not None or evaluation.at_end
-    valid = once * (times if evaluation.continuing else 1) if wanted else 0
+    valid = once if evaluation.at_end else 0
+    if evaluation.interval:
+        valid = evaluation_samples(steps, evaluation.interval, evaluation.batches, batch, evaluation.continuing)
     return {"train": steps * batch, "valid": valid, "test": once if evaluation.test_at_end else 0}
 
 

@@ -7,7 +7,7 @@ the same two methods, so the loop has no special cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Engine(Protocol):
         """Accumulate the gradient of the global batch's loss into the store."""
         ...
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> StepStats:
+    def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """The loss of some batches, without gradients."""
         ...
 
@@ -91,16 +91,17 @@ class LocalEngine:
         return StepStats(nll_sum=nll.item(), tokens=tokens, loss=loss.item())
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> StepStats:
+    def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """See Engine."""
-        nll, means, tokens = 0.0, 0.0, 0
+        nll, means, tokens, seen = 0.0, 0.0, 0, 0
         for batch in micro_batches:
+            seen += 1
             total = self._loss(batch, 1.0)[1].item()
             nll += total
             means += total / max(batch.num_tokens, 1)
             tokens += batch.num_tokens
         by_tokens = self.loss.normalisation == "tokens"
-        return StepStats(nll, tokens, nll / max(tokens, 1) if by_tokens else means / max(len(micro_batches), 1))
+        return StepStats(nll, tokens, nll / max(tokens, 1) if by_tokens else means / max(seen, 1))
 
     def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         weights = self.store.working()

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from castalia.errors import UserError
@@ -40,11 +40,12 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """
     cfg = run.config
     steps, clip = run.steps, cfg.optimizer.clip_grad
-    with _signals() as caught:
+    with _signals() as caught, closing(run.loader.stream(run.step, steps)) as batches:
         if run.step == 0 and 0 in cfg.checkpoint.extra_steps:
             run.save()
-        for spec, micro_batches in run.loader.stream(run.step, steps):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        for micro_batches in batches:
+            spec = run.loader.plan.at(run.step)
             lr = learning_rate(run.updates, cfg.optimizer.lr, cfg.schedule, steps)
 
             # One step.
@@ -75,6 +76,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             if not last and (stop or leave):
                 why = signal.Signals(caught[0]).name if stop else f"training.exit_interval {cfg.training.exit_interval}"
                 raise Stopped(f"stopped by {why} after step {run.step}; the same command goes on from there")
+            started = time.perf_counter()
         if cfg.evaluation.test_at_end:
             run.evaluate("test")
 

@@ -11,11 +11,12 @@ which changes the function computed (a numerics setting, the data, the tokenizer
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from castalia.config.compare import differences
 from castalia.config.derive import derive
 from castalia.config.load import check_values
 from castalia.config.render import to_yaml
-from castalia.data.loader import Loader, Shard, evaluation_spec
-from castalia.data.plan import RunPlan
+from castalia.data.loader import Batch, Loader, Shard
+from castalia.data.plan import RunPlan, evaluation_spec
+from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul
 from castalia.model.size import ModelSize, model_size
@@ -38,8 +40,8 @@ from castalia.optim import make_store
 from castalia.parallel.world import World, enter_world, peak_memory
 from castalia.train.data import open_data, open_tokenizer
 from castalia.train.engine import LocalEngine, StepStats
-from castalia.train.loop import Callback, train_loop
-from castalia.train.machine import matmul_flops
+from castalia.train.loop import Callback, Stopped, train_loop
+from castalia.train.machine import measure_matmul_flops
 from castalia.train.metrics import Console, MetricsFile, human
 
 STATE_VERSION = 1
@@ -101,6 +103,7 @@ class Run:
         self.journal: list[Any] = []
         self._seconds, self._began = 0.0, time.monotonic()
         self._since: list[tuple[int, float]] = []
+        self.last: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Run:
         self._make_directory()
@@ -108,13 +111,12 @@ class Run:
         self._lock.__enter__()
         try:
             self._assemble()
-        except BaseException:
+        except BaseException:  # whatever it was, the folder must not stay locked
             self._lock.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.loader.close()
         self.metrics.close()
         self._lock.__exit__(*error)
 
@@ -125,7 +127,8 @@ class Run:
         try:
             train_loop(self, callbacks)
         except BaseException as error:
-            self.metrics.write("event", self.step, event="end", text=f"{type(error).__name__}: {error}")
+            event = "signal" if isinstance(error, Stopped) else "end"
+            self.metrics.write("event", self.step, event=event, text=f"{type(error).__name__}: {error}")
             raise
         self.metrics.write("event", self.step, event="end", text=f"finished after {self.step} steps")
 
@@ -153,6 +156,7 @@ class Run:
             peak_memory=peak_memory(self.world.device),
             **stats.aux,
         )
+        self.last["train"] = record
         self.console.train(record, (self.steps - self.step) * spec_tokens / rate)
 
     def evaluate(self, split: str) -> dict[str, Any] | None:
@@ -165,26 +169,25 @@ class Run:
         spec = evaluation_spec(
             max(index, 0), cfg.evaluation.batches, cfg.training.batch_size, cfg.data.seq_length, cfg.evaluation.continuing
         )
-        loader = Loader(
-            dataset,
-            RunPlan(cfg.training.batch_size, cfg.data.seq_length, 1),
-            Shard(self.world.rank, self.world.size),
-            cfg.micro_batch_size,
-            prefetch=0,
-            eod=self.eod,
-            eod_mask_loss=cfg.data.mask_loss_at_eod,
-        )
-        batches = loader.batch(spec)
-        stats = self.engine.evaluate(batches)
-        table, bits = self.data.token_bytes, None
-        if table is not None:
-            counts = torch.from_numpy(table)
-            size = sum(int(counts[b.labels[b.labels >= 0]].sum()) for b in batches)
-            bits = stats.nll_sum / torch.log(torch.tensor(2.0)).item() / max(size, 1)
-        perplexity = torch.tensor(stats.loss, dtype=torch.float64).exp().item()
+        loader = self._loader(dataset, RunPlan(cfg.training.batch_size, cfg.data.seq_length, 0), cfg.performance.prefetch)
+        table, size = self.data.token_bytes, 0
+        counts = None if table is None else torch.from_numpy(table)
+
+        def batches() -> Iterator[Batch]:
+            nonlocal size
+            for micro_batches in loader.stream_specs(spec.parts(cfg.training.batch_size)):
+                for batch in micro_batches:
+                    if counts is not None:
+                        size += int(counts[batch.labels[batch.labels >= 0]].sum())
+                    yield batch
+
+        stats = self.engine.evaluate(batches())
+        bits = stats.nll_sum / math.log(2) / size if size else None
+        perplexity = math.exp(min(stats.loss, 700.0))  # beyond that a double overflows
         record = self.metrics.write(
             split, self.step, loss=stats.loss, bits_per_byte=bits, perplexity=perplexity, tokens=stats.tokens
         )
+        self.last[split] = record
         self.console.evaluation(record)
         return record
 
@@ -256,21 +259,21 @@ class Run:
         self.store = make_store(self.model, cfg.optimizer, cfg.training.precision, cfg.performance.arena)
         self.engine = LocalEngine(self.model, self.store, cfg.loss, cfg.performance.compile)
         resumed = self._resume()
-        self.loader = Loader(
-            self.data.datasets["train"],
-            RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, tuple(self.journal)),
-            Shard(self.world.rank, self.world.size),
-            cfg.micro_batch_size,
-            prefetch=cfg.performance.prefetch,
-            eod=self.eod,
-            eod_mask_loss=cfg.data.mask_loss_at_eod,
-        )
-        self.peak_flops = cfg.performance.peak_flops or matmul_flops(cfg.training.precision, self.world.device)
+        plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, tuple(self.journal))
+        self.loader = self._loader(self.data.datasets["train"], plan, cfg.performance.prefetch)
+        dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
+        self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
         self._write_files()
         self.metrics = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
         self.metrics.write(
             "event", self.step, event="resume" if resumed else "start", text=f"{self.steps} steps in {self.directory}"
         )
+
+    def _loader(self, dataset: SampleSource, plan: RunPlan, prefetch: int) -> Loader:
+        """This rank's loader over a data set."""
+        shard = Shard(self.world.rank, self.world.size)
+        mask = self.config.data.mask_loss_at_eod
+        return Loader(dataset, plan, shard, self.config.micro_batch_size, prefetch, self.eod, mask)
 
     def _make_directory(self) -> None:
         try:
@@ -334,7 +337,9 @@ class Run:
         facts = environment() | {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(self.config)}
         _replace(self.directory / "environment.json", json.dumps(facts, indent=2) + "\n")
         if self.tokenizer is not None:
-            self.tokenizer.save(self.directory / "tokenizer.json")
+            content = self.tokenizer.file_bytes()
+            if content is not None:
+                _replace(self.directory / "tokenizer.json", content)
 
     def _announce(self) -> None:
         say, size = self.console.say, self.size
@@ -350,7 +355,7 @@ class Run:
             say(f"going on from step {self.step}")
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: str | bytes) -> None:
     fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)

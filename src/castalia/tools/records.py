@@ -1,0 +1,160 @@
+"""A run directory -> the columns and texts that a report shows.
+
+    metrics.jsonl     -> records by kind            config.yaml       -> text, parameters
+    environment.json  -> facts                      comparison.json   -> bits per byte of others
+                                                    samples.json      -> generated text
+
+Reading is forgiving where a run is still going (a last line that is half written, files that
+do not exist yet) and strict where a file is damaged: a curve with a hole that nobody sees is
+worse than an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from castalia.errors import UserError
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What is known of one run."""
+
+    path: Path
+    name: str
+    train: list[Record]
+    valid: list[Record]
+    test: list[Record]
+    events: list[Record]
+    config_text: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    parameters: int | None = None
+    environment: Any = None
+    comparison: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def column(self, kind: str, x: str, y: str) -> tuple[list[float], list[float]]:
+        """Two columns of the records of one kind that have `y`.
+
+        Args:
+            kind: `train` or `valid`.
+            x: `step`, `tokens` (seen so far) or `seconds`.
+            y: a key of the records.
+        """
+        records = [r for r in (self.train if kind == "train" else self.valid) if _is_number(r.get(y))]
+        if kind == "train":
+            records = [r for r in records if _is_number(r.get(x))]
+            return [float(r[x]) for r in records], [float(r[y]) for r in records]
+        # `tokens` of a validation record counts what it was measured on: its place on the axis is
+        # read off the training records.
+        places = [float(r["step"]) if x == "step" else self.at_step(r["step"], x) for r in records]
+        return places, [float(r[y]) for r in records]
+
+    def at_step(self, step: float, key: str) -> float:
+        """`tokens` or `seconds` of training when `step` was done, between records by proportion."""
+        steps, values = [0.0], [0.0]
+        for r in self.train:
+            if _is_number(r.get(key)):
+                steps.append(float(r["step"]))
+                values.append(float(r[key]))
+        i = min(bisect_left(steps, step), len(steps) - 1)
+        if i == 0 or steps[i] <= step:
+            return values[i]
+        share = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
+        return values[i - 1] + share * (values[i] - values[i - 1])
+
+    def last(self, key: str, *kinds: str) -> float | None:
+        """The newest finite value of `key` in the first of `kinds` that has one."""
+        for kind in kinds:
+            for record in reversed(getattr(self, kind)):
+                if _is_number(record.get(key)) and math.isfinite(record[key]):
+                    return float(record[key])
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory (docs/contracts.md, section 3).
+
+    Raises:
+        UserError: there is no run, it has nothing to show yet, or one of its files is damaged.
+    """
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{path} is not a run directory: it has no metrics.jsonl; give a directory that `train` wrote")
+    records = read_metrics(metrics)
+    if not any(r.get("kind") in ("train", "valid", "test") for r in records):
+        raise UserError(f"{metrics} has no training or evaluation record yet: wait for the first logged step")
+    kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "valid", "test", "event")}
+    run = Run(path, path.resolve().name, kinds["train"], kinds["valid"], kinds["test"], kinds["event"])
+    _read_config(run)
+    run.environment = _read_json(path / "environment.json")
+    run.comparison = _read_json(path / "comparison.json")
+    run.samples = _read_json(path / "samples.json") or []
+    return run
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records of a metrics.jsonl; a last line without its newline is still being written and left out.
+
+    Raises:
+        UserError: any other line is not a record, or is of a newer version.
+    """
+    # Split on newlines only: a string in a record may hold other separators.
+    *lines, _ = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            valid = isinstance(record, dict) and _is_number(record.get("step", 0))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UserError(f"{path}:{number} is not a metrics record: remove the line, or restore the file")
+        if record.get("v", 1) != 1:
+            raise UserError(
+                f"{path}:{number} is of version {record['v']}, this Castalia reads version 1: use a newer Castalia"
+            )
+        records.append(record)
+    return records
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file, None where it does not exist."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove or restore it") from None
+
+
+def _read_config(run: Run) -> None:
+    """The configuration as text, as values, and the number of parameters that follows.
+
+    A configuration that this version cannot read still shows as text, so that reports of old runs can be made.
+    """
+    path = run.path / "config.yaml"
+    if not path.is_file():
+        return
+    run.config_text = path.read_text(encoding="utf-8")
+    from castalia.config import load
+    from castalia.model.size import model_size
+
+    try:
+        config = load([path])
+        run.config = config.model_dump()
+        run.name = config.name
+        run.parameters = model_size(config).total_parameters
+    except UserError:
+        return
