@@ -152,7 +152,7 @@ class Loader:
     def stream_specs(self, specs: Iterable[StepSpec]) -> Iterator[list[Batch]]:
         """As `stream`, for any specs, such as those of an evaluation."""
         if self.prefetch < 1:
-            return map(self.batch, specs)
+            return (self.batch(spec) for spec in specs)
         return self._read_ahead(specs)
 
     def _read_ahead(self, specs: Iterable[StepSpec]) -> Iterator[list[Batch]]:
