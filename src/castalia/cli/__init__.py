@@ -1,0 +1,84 @@
+"""`castalia VERB [files] [key=value] [--flag]`: verbs -> functions.
+
+Only the verb that is called is imported, so that `castalia --help` answers at once. A
+`UserError` becomes one sentence on standard error and its exit code; anything else that is
+raised is our defect and keeps its traceback (docs/contracts.md, section 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from castalia import __version__
+from castalia.errors import UserError
+
+# verb -> what it does; each is a module of this package with `arguments(parser)` and `run(args) -> int`.
+VERBS = {
+    "demo": "train a small model on this machine from nothing, in minutes",
+    "corpora": "list and get corpora",
+    "tokenizer": "train or inspect a tokenizer",
+    "prepare": "text -> token data set",
+    "train": "configuration -> trained run",
+    "generate": "run -> text",
+    "evaluate": "run -> bits per byte on a data set",
+    "export": "run -> a folder in Hugging Face format",
+    "report": "runs -> one HTML page with curves",
+    "plan": "parameters, FLOPs and bytes of a configuration",
+    "config": "show, check and explain a configuration",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="castalia",
+        usage="castalia VERB [A.yml ...] [key=value ...] [--flag ...]",
+        description="Train language models from scratch: text -> tokens -> training -> generation, export.",
+        epilog="verbs:\n"
+        + "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+        + "\n\n`castalia VERB --help` explains a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"castalia {__version__}")
+    parser.add_argument("verb", help=argparse.SUPPRESS)
+    if not argv:
+        parser.print_help()
+        return 2
+    verb = parser.parse_args(argv[:1]).verb
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean '{near[0]}'?" if near else "`castalia --help` lists the verbs"
+        return _fail(f"unknown verb '{verb}'; {hint}", 2)
+    module = import_module(f"castalia.cli.{verb}")
+    inner = argparse.ArgumentParser(prog=f"castalia {verb}", description=VERBS[verb])
+    module.arguments(inner)
+    try:
+        return int(module.run(inner.parse_intermixed_args(argv[1:]) if _mixable(inner) else inner.parse_args(argv[1:])))
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of our output has gone, as in `castalia ... | head`
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Positional arguments -> (configuration files, overrides): whatever holds a `=` is an override."""
+    files = [a for a in arguments if "=" not in a]
+    return files, [a for a in arguments if "=" in a]
+
+
+def _mixable(parser: argparse.ArgumentParser) -> bool:
+    """Intermixed parsing (files after flags) is refused by argparse for verbs with sub-verbs."""
+    return not any(isinstance(a, argparse._SubParsersAction) for a in parser._actions)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"castalia: {sentence}", file=sys.stderr)
+    return code

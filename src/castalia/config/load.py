@@ -11,7 +11,8 @@ overrides come last. An unknown key names its file, line and the nearest known k
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,12 @@ from pydantic import BaseModel, ValidationError
 
 from castalia.config import gptneox
 from castalia.config.schema import Config
-from castalia.config.yaml12 import Document, parse_value, read_yaml
+from castalia.config.yaml12 import Document, Origin, Path_, parse_value, parse_yaml, read_yaml
 from castalia.errors import UserError
 
+__all__ = ["Origin", "Tree", "check", "check_values", "from_yaml", "known_keys", "load", "nearest", "notes", "origins"]
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was said: a file and line, or the command line."""
-
-    file: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}"
+COMMAND_LINE = Origin("command line")
 
 
 @dataclass
@@ -70,24 +64,41 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: anything wrong with the files or the values, in one sentence.
     """
-    documents = [d for path in paths for d in _with_bases(Path(path), ())]
-    theirs = [d for d in documents if gptneox.is_gptneox(d)]
-    if theirs and len(theirs) < len(documents):
-        ours = next(d.path for d in documents if d not in theirs)
+    documents = _documents([Path(path) for path in paths])
+    given = [_split_override(text) for text in overrides]
+    kinds = {d.path: gptneox.family(d) for d in documents}
+    theirs = [path for path, kind in kinds.items() if kind == "gptneox"]
+    ours = [path for path, kind in kinds.items() if kind == "castalia"]
+    if theirs and ours:
         raise UserError(
-            f"{ours} is a Castalia file and {theirs[0].path} a GPT-NeoX file: "
+            f"{ours[0]} is a Castalia file and {theirs[0]} a GPT-NeoX file: "
             "convert one, or give the few values as key=value overrides"
         )
     tree = Tree()
     if theirs:
-        values, origins, tree.notes = gptneox.translate([(d, Origin) for d in theirs])
-        for key, value in values.items():
-            tree.values[key], tree.origins[key] = value, origins[key]
+        overwrite = {key: value for key, value in given if gptneox.is_their_key(key) and key not in _KNOWN}
+        given = [(key, value) for key, value in given if key not in overwrite]
+        translation = gptneox.translate(documents, overwrite)
+        tree = Tree(translation.values, translation.origins, translation.notes)
     else:
         for document in documents:
             _merge(tree, document)
-    for text in overrides:
-        _override(tree, text)
+    for key, value in given:
+        _override(tree, key, value)
+    return check(tree)
+
+
+def from_yaml(text: str, where: str = "<text>") -> Config:
+    """Check one native configuration given as YAML text; `where` is for messages."""
+    tree = Tree()
+    _merge(tree, parse_yaml(text, where))
+    return check(tree)
+
+
+def check_values(values: dict[str, Any], where: str) -> Config:
+    """Validate a configuration that a file of ours holds as nested values (a checkpoint's state)."""
+    tree = Tree()
+    _merge(tree, Document(where, values, {}))
     return check(tree)
 
 
@@ -103,7 +114,7 @@ def notes(config: Config) -> list[str]:
 
 def check(tree: Tree) -> Config:
     """Validate merged values; raises UserError with the origin of the offending key."""
-    unknown = [k for k in tree.values if not _known(k)]
+    unknown = [k for k in tree.values if k not in _KNOWN]
     if unknown:
         key = unknown[0]
         near = nearest(key, known_keys())
@@ -140,59 +151,68 @@ def nearest(key: str, known: Sequence[str]) -> str | None:
     return leaves[close[0]] if close else None
 
 
-def _known(key: str) -> bool:
-    return key in _KNOWN
-
-
-def _with_bases(path: Path, chain: tuple[Path, ...]) -> list[Document]:
-    """A file, preceded by the files it names as `base`."""
-    if path.resolve() in chain:
-        raise UserError(f"{path}: its `base` leads back to itself")
-    document = read_yaml(path)
-    base = document.values.pop("base", None)
-    if base is None:
-        return [document]
-    if not isinstance(base, str):
-        raise UserError(f"{path}:{document.lines[('base',)]}: `base` must be the name of one file")
-    below = _with_bases(path.parent / base, (*chain, path.resolve()))
-    inherited: dict[str, Any] = {}
-    lines: dict[tuple[str, ...], int] = {}
-    return [*below[:-1], _inherit(below[-1], document, inherited, lines)]
-
-
-def _inherit(base: Document, over: Document, values: dict[str, Any], lines: dict[tuple[str, ...], int]) -> Document:
-    """`over` laid on `base`, as one document; lines of the base keep the base's name in messages."""
-    flat = {**_flatten(base), **_flatten(over)}
-    for key, (value, line, path) in flat.items():
-        parts = tuple(key.split("."))
-        at = values
-        for name in parts[:-1]:
-            at = at.setdefault(name, {})
-        at[parts[-1]] = value
-        lines[parts] = line
-    return Document(over.path, values, lines)
-
-
-def _flatten(document: Document) -> dict[str, tuple[Any, int, str]]:
-    out: dict[str, tuple[Any, int, str]] = {}
-
-    def walk(values: dict[str, Any], at: tuple[str, ...]) -> None:
-        for key, value in values.items():
-            here = (*at, key)
-            dotted = ".".join(here)
-            # Only sections are descended into: a mapping elsewhere is a value of its own.
-            if isinstance(value, dict) and len(here) == 1 and dotted in _SECTIONS:
-                walk(value, here)
-            else:
-                out[dotted] = (value, document.lines.get(here, 1), document.path)
-
-    walk(document.values, ())
+def _documents(paths: Sequence[Path]) -> list[Document]:
+    """The files, each laid on its bases; a file that a later one names as its base is not read twice."""
+    read = [_with_base(path, ()) for path in paths]
+    out = []
+    for i, (document, _) in enumerate(read):
+        if not any(paths[i].resolve() in bases for _, bases in read[i + 1 :]):
+            out.append(document)
     return out
 
 
+def _with_base(path: Path, chain: tuple[Path, ...]) -> tuple[Document, tuple[Path, ...]]:
+    """A file laid on the file that it names as `base`, and every file below it."""
+    document = read_yaml(path)
+    name = document.values.pop("base", None)
+    if name is None:
+        return document, ()
+    where = document.origin("base")
+    if not isinstance(name, str):
+        raise UserError(f"{where}: `base` must be the name of one file")
+    chain = (*chain, path.resolve())
+    try:
+        below = (path.parent / name).resolve()
+    except (OSError, ValueError):
+        raise UserError(f"{where}: {name!r} is not the name of a file") from None
+    if below in chain:
+        raise UserError(f"{where}: `base` leads back to {below.name}, which is being read already")
+    base, bases = _with_base(path.parent / name, chain)
+    return _inherit(base, document), (below, *bases)
+
+
+def _inherit(base: Document, over: Document) -> Document:
+    """`over` laid on `base`, as one document that remembers where each value was said."""
+    both = Document(over.path, {}, {})
+    flatten = gptneox.flatten if "gptneox" in (gptneox.family(base), gptneox.family(over)) else _flatten
+    for document in (base, over):
+        for path, value, origin in flatten(document):
+            at = both.values
+            for name in path[:-1]:
+                at = at.setdefault(name, {})
+            at[path[-1]] = value
+            both.inherited[path] = origin
+    return both
+
+
+def _flatten(document: Document) -> Iterator[tuple[Path_, Any, Origin]]:
+    """Key path, value and origin of each value; only sections are descended into."""
+    for name, value in document.values.items():
+        if name not in _SECTIONS:
+            yield (name,), value, document.origin(name)
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                yield (name, key), inner, document.origin(name, key)
+        elif value is not None:  # a section heading with nothing below it says nothing
+            raise UserError(
+                f"{document.origin(name)}: '{name}' is a section: give its keys indented below it, "
+                f"for example {_example(name)}"
+            )
+
+
 def _merge(tree: Tree, document: Document) -> None:
-    for key, (value, line, path) in _flatten(document).items():
-        here = Origin(path, line)
+    for path, value, here in _flatten(document):
+        key = ".".join(path)
         if key in tree.values:
             raise UserError(
                 f"{here}: '{key}' was given already at {tree.origins[key]}: remove one, or name the first file as `base:`"
@@ -200,11 +220,21 @@ def _merge(tree: Tree, document: Document) -> None:
         tree.values[key], tree.origins[key] = value, here
 
 
-def _override(tree: Tree, text: str) -> None:
+def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}': an override is written key=value, for example optimizer.lr=3e-4")
-    tree.values[key], tree.origins[key] = parse_value(value), Origin("command line")
+    return key, parse_value(value)
+
+
+def _override(tree: Tree, key: str, value: Any) -> None:
+    if key in _SECTIONS:
+        raise UserError(f"command line: '{key}' is a section: give one of its keys, for example {_example(key)}")
+    tree.values[key], tree.origins[key] = value, COMMAND_LINE
+
+
+def _example(section: str) -> str:
+    return next(key for key in known_keys() if key.startswith(section + "."))
 
 
 def _sentence(error: ValidationError, tree: Tree) -> str:
@@ -214,13 +244,18 @@ def _sentence(error: ValidationError, tree: Tree) -> str:
     origin = tree.origins.get(key) or tree.origins.get(".".join(key.split(".")[:2]))
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        named = [o for k, o in tree.origins.items() if k in message]
+        named = [o for k, o in tree.origins.items() if re.search(rf"\b{re.escape(k)}\b", message)]
         where = origin or (named[0] if named else None)
         return f"{where}: {message}" if where else message
     message = first["msg"][0].lower() + first["msg"][1:]
-    got = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{origin + ': ' if isinstance(origin, str) else (str(origin) + ': ' if origin else '')}{key}: {message}{got}{more}"
+    return f"{f'{origin}: ' if origin else ''}{key}: {message}{got}{more}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _SECTIONS = {

@@ -1,0 +1,50 @@
+"""Progress on a terminal as a bar, elsewhere as a plain line now and then; always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from castalia.data.prepare import Progress
+
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def preparation_progress(total_bytes: int | None) -> Iterator[Callable[[Progress], None]]:
+    """A callback for `prepare`; `total_bytes` of text where the input's size says it (compressed input does not)."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("tokenising", total=total_bytes)
+
+        def update(now: Progress) -> None:
+            bar.update(task, completed=now.bytes, description=f"{now.documents:,} documents, {now.tokens:,} tokens")
+
+        yield update
+
+
+def _lines() -> Callable[[Progress], None]:
+    began = last = time.monotonic()
+
+    def update(now: Progress) -> None:
+        nonlocal last
+        moment = time.monotonic()
+        if moment - last >= _LINE_SECONDS:
+            last = moment
+            rate = now.bytes / 1e6 / (moment - began)
+            print(f"{now.documents:,} documents, {now.tokens:,} tokens, {rate:.1f} MB/s", file=sys.stderr, flush=True)
+
+    return update

@@ -1,0 +1,226 @@
+"""From nothing to a trained model on this machine: what `castalia demo` does, step by step.
+
+    corpus ─> train.jsonl, valid.jsonl ─> tokenizer.json ─> train.bin, valid.bin
+                                                                  │ as many steps as fit in the time
+       report.html <─ bits per byte beside xz and zstd, a sample <─ trained run
+
+The default corpus is the Python standard library's own text, so no network is needed.
+Validation files are never seen in training; the compressors get the same training text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import castalia
+from castalia.config import Config, load
+from castalia.config.derive import derive
+from castalia.config.load import check_values
+from castalia.errors import UserError
+
+VOCAB_SIZE = 4096
+VALID_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made: the run's folder, the report, and the figures that were printed."""
+
+    run: Path
+    report: Path
+    comparison: dict[str, Any]
+    sample: str
+
+
+def run_demo(
+    folder: Path, corpus: Path | None, minutes: float, say: Callable[[str], None], prompt: str = "def "
+) -> DemoResult:
+    """Prepare, train, compare and report.
+
+    Args:
+        folder: everything is written below it (`data/demo` and `runs/demo`).
+        corpus: the user's own text (a file or folder); None: the standard library's.
+        minutes: how long to train.
+        say: takes each line for people.
+        prompt: what the sample at the end continues.
+
+    Raises:
+        UserError: the corpus cannot be read or is too small, or the folder holds another demo's run.
+    """
+    data, run_dir = folder / "data" / "demo", folder / "runs" / "demo"
+    say("[1/5] corpus")
+    train_text, valid_text = _write_corpus(data, corpus, say)
+    say("[2/5] tokenizer")
+    tokenizer = _train_tokenizer(data, say)
+    say("[3/5] token data sets")
+    _prepare(data, tokenizer, say)
+    say(f"[4/5] training for about {minutes:g} minutes")
+    config = _config(data, run_dir)
+    steps = _affordable_steps(config, tokenizer.vocab_size, 60 * minutes, say)
+    values = config.model_dump()
+    values["training"]["steps"] = steps
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run = _train(check_values(values, "castalia demo"))
+    say("[5/5] comparison on the unseen files")
+    comparison = _compare(run, data, train_text, valid_text)
+    (run_dir / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+    sample = _sample(run_dir, prompt)
+    (run_dir / "samples.json").write_text(json.dumps([{"prompt": prompt, "text": sample}]) + "\n", encoding="utf-8")
+    from castalia.tools.report import write_report
+
+    report = run_dir / "report.html"
+    write_report([run_dir], report)
+    return DemoResult(run_dir, report, comparison, sample)
+
+
+def _write_corpus(data: Path, corpus: Path | None, say: Callable[[str], None]) -> tuple[bytes, bytes]:
+    """train.jsonl and valid.jsonl; returns both texts, for the compressors."""
+    from castalia.data.corpora import split_by_file, stdlib_corpus, write_documents
+    from castalia.data.read import iter_documents
+
+    if corpus is None:
+        train, valid = split_by_file(stdlib_corpus(), VALID_FRACTION)
+    else:
+        documents = [(f"{d.source}#{d.number}", d.text) for d in iter_documents([corpus])]
+        train, valid = split_by_file(documents, VALID_FRACTION)
+        if len(documents) < 50 or not valid:
+            # Too few to leave some out: the end of each is unseen instead.
+            cut = [(name, text, int(len(text) * (1 - VALID_FRACTION))) for name, text in documents]
+            train = [(name, text[:at]) for name, text, at in cut]
+            valid = [(name, text[at:]) for name, text, at in cut]
+    write_documents(data / "train.jsonl", train)
+    write_documents(data / "valid.jsonl", valid)
+    texts = tuple("".join(text for _, text in part).encode() for part in (train, valid))
+    if len(texts[0]) < 100_000 or len(texts[1]) < 2_000:
+        raise UserError(f"{corpus}: holds {len(texts[0]) + len(texts[1]):,} bytes of text; the demo needs at least 110,000")
+    say(
+        f"      {len(train):,} documents, {len(texts[0]) / 1e6:.2f} MB to train on; "
+        f"{len(valid):,}, {len(texts[1]) / 1e6:.2f} MB unseen"
+    )
+    return texts[0], texts[1]
+
+
+def _train_tokenizer(data: Path, say: Callable[[str], None]) -> Any:
+    from castalia.data.read import iter_documents
+    from castalia.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+
+    started = time.monotonic()
+    save_tokenizer(train_bpe((d.text for d in iter_documents([data / "train.jsonl"])), VOCAB_SIZE), data / "tokenizer.json")
+    tokenizer = load_tokenizer(data / "tokenizer.json")
+    say(f"      {tokenizer.vocab_size:,} ids in {time.monotonic() - started:.0f} s")
+    return tokenizer
+
+
+def _prepare(data: Path, tokenizer: Any, say: Callable[[str], None]) -> None:
+    from castalia.data.prepare import prepare
+
+    for part in ("train", "valid"):
+        summary = prepare([data / f"{part}.jsonl"], data / part, tokenizer, overwrite=True)
+        say(f"      {part}: {summary['tokens']:,} tokens, {summary['bytes'] / summary['tokens']:.2f} bytes per token")
+
+
+def _config(data: Path, run_dir: Path) -> Config:
+    source = shipped_config("demo.yml")
+    paths = [f"data.train_paths=[{json.dumps(str(data / 'train'))}]", f"data.valid_paths=[{json.dumps(str(data / 'valid'))}]"]
+    return load([source], [*paths, f"output={json.dumps(str(run_dir))}"])
+
+
+def shipped_config(name: str) -> Path:
+    """A file of configs/: inside the installed package, or beside it in a checkout."""
+    package = Path(castalia.__file__).parent
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"configs/{name} is missing from this installation: install castalia again")
+
+
+def _affordable_steps(config: Config, vocab_size: int, seconds: float, say: Callable[[str], None]) -> int:
+    """Time some steps on random tokens and reckon how many fit; at least 10."""
+    import torch
+
+    from castalia.data.loader import Batch
+    from castalia.model.kernels import choose_fp32_matmul
+    from castalia.model.transformer import build_model
+    from castalia.optim import make_store
+    from castalia.parallel.world import enter_world
+    from castalia.train.engine import LocalEngine
+
+    full, _ = derive(config, vocab_size)
+    world = enter_world(full.performance.device)
+    choose_fp32_matmul(world.device)
+    model = build_model(full.model, 0, world.device)
+    store = make_store(model, full.optimizer, full.training.precision, full.performance.arena)
+    engine = LocalEngine(model, store, full.loss, full.performance.compile)
+    shape = (full.micro_batch_size, full.data.seq_length + 1)
+    ids = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.arange(shape[1] - 1).expand(shape[0], -1))
+    micro = full.training.batch_size // full.micro_batch_size
+    times: list[float] = []
+    began = time.monotonic()
+    # The first steps also allocate and plan; a few seconds are enough for a rate.
+    while len(times) < 4 or (time.monotonic() - began < min(5.0, 0.1 * seconds) and len(times) < 40):
+        started = time.monotonic()
+        engine.forward_backward([batch] * micro, batch.num_tokens * micro)
+        store.gradient_norm().item()
+        store.step(1e-4)
+        times.append(time.monotonic() - started)
+    step = sorted(times[2:])[len(times[2:]) // 2]
+    # Validation and checkpoints take their share too.
+    steps = max(10, int(0.93 * seconds / step))
+    say(f"      {step * 1000:.0f} ms per step measured: {steps:,} steps")
+    return steps
+
+
+def _train(config: Config) -> Path:
+    from castalia.train.run import train
+
+    return train(config).directory
+
+
+def _compare(run_dir: Path, data: Path, train_text: bytes, valid_text: bytes) -> dict[str, Any]:
+    """Bits per byte of the model, and of compressors given the same training text, on the unseen files."""
+    from castalia.data.store import TokenStore
+    from castalia.evaluate.perplexity import score_store
+    from castalia.generate import load_run
+    from castalia.tools.compression import compression_bits_per_byte
+
+    model, tokenizer = load_run(run_dir)
+    seq_length = load([run_dir / "config.yaml"]).data.seq_length
+    score = score_store(model, tokenizer, TokenStore(data / "valid"), seq_length)
+    comparison = compression_bits_per_byte(train_text, valid_text)
+    row = {"name": "castalia", "bits_per_byte": score.bits_per_byte, "note": "trained on the training text"}
+    comparison["rows"].insert(0, row)
+    return comparison
+
+
+def _sample(run_dir: Path, prompt: str) -> str:
+    from castalia.generate import generate, load_run
+
+    model, tokenizer = load_run(run_dir)
+    room = load([run_dir / "config.yaml"]).max_positions
+    length = min(160, room - len(tokenizer.encode(prompt)) - 1)
+    return generate(model, tokenizer, [prompt], max_tokens=length, temperature=0.7, top_p=0.95, seed=1)[0].text
+
+
+def demo_minutes(default: float) -> float:
+    """CASTALIA_DEMO_SECONDS shortens the demo, for tests."""
+    text = os.environ.get("CASTALIA_DEMO_SECONDS")
+    if text is None:
+        return default
+    try:
+        return float(text) / 60
+    except ValueError:
+        raise UserError(f"CASTALIA_DEMO_SECONDS is '{text}': it must be a number of seconds") from None
+
+
+def print_lines(text: str) -> None:
+    """A line for people, on standard error."""
+    print(text, file=sys.stderr, flush=True)
