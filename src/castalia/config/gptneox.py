@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from castalia.config.yaml12 import Document
+from castalia.config.yaml12 import Document, Origin, Path_
 
 
-def is_gptneox(document: Document) -> bool:
-    """Whether the file's top-level keys are GPT-NeoX's flat ones."""
+@dataclass
+class Translation:
+    values: dict[str, Any]
+    origins: dict[str, Origin]
+    notes: list[str]
+
+
+def family(document: Document) -> str | None:
+    return None
+
+
+def is_their_key(key: str) -> bool:
     return False
 
 
-def translate(documents: Any) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Translate; returns values and origins by our dotted key, and notes."""
-    return {}, {}, []
+def flatten(document: Document) -> Iterator[tuple[Path_, Any, Origin]]:
+    yield from ()
+
+
+def translate(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Translation:
+    return Translation({}, {}, [])

@@ -24,7 +24,18 @@ from castalia.config.schema import Config
 from castalia.config.yaml12 import Document, Origin, Path_, parse_value, parse_yaml, read_yaml
 from castalia.errors import UserError
 
-__all__ = ["Origin", "Tree", "check", "check_values", "from_yaml", "known_keys", "load", "nearest", "notes", "origins"]
+__all__ = [
+    "Origin",
+    "Tree",
+    "check",
+    "check_values",
+    "from_yaml",
+    "known_keys",
+    "load",
+    "nearest",
+    "notes",
+    "origins",
+]
 
 COMMAND_LINE = Origin("command line")
 
@@ -117,13 +128,17 @@ def check(tree: Tree) -> Config:
     unknown = [k for k in tree.values if k not in _KNOWN]
     if unknown:
         key = unknown[0]
-        near = nearest(key, known_keys())
+        near = nearest(key, known_keys() if "." in key else [*known_keys(), *sorted(_SECTIONS)])
         hint = f"; did you mean '{near}'?" if near else "; `castalia config show` lists the known keys"
         raise UserError(f"{tree.origins[key]}: unknown key '{key}'{hint}")
     try:
         config = Config.model_validate(tree.nested())
     except ValidationError as error:
         raise UserError(_sentence(error, tree)) from None
+    except OverflowError:
+        raise UserError(
+            "a number in the configuration is too large to reckon with: make it smaller"
+        ) from None
     config._origins.update(tree.origins)
     config._notes.extend(tree.notes)
     return config
@@ -229,7 +244,9 @@ def _split_override(text: str) -> tuple[str, Any]:
 
 def _override(tree: Tree, key: str, value: Any) -> None:
     if key in _SECTIONS:
-        raise UserError(f"command line: '{key}' is a section: give one of its keys, for example {_example(key)}")
+        raise UserError(
+            f"command line: '{key}' is a section: give one of its keys, for example {_example(key)}"
+        )
     tree.values[key], tree.origins[key] = value, COMMAND_LINE
 
 

@@ -28,7 +28,7 @@ def setting(default: Any, text: str, kind: FieldClass = "numerics", unit: str | 
 class Section(BaseModel):
     """A section of the configuration: unknown keys are errors, values are not coerced, nothing is mutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
