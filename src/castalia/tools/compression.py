@@ -40,8 +40,8 @@ def zstd_size(text: bytes) -> int:
 
     low, high = _ZSTD_WINDOW_LOG
     window_log = min(max(low, max(len(text) - 1, 1).bit_length()), high)
-    parameters = zstandard.ZstdCompressionParameters.from_level(19, source_size=len(text), window_log=window_log)
-    return len(zstandard.ZstdCompressor(compression_params=parameters).compress(text))
+    level = zstandard.ZstdCompressionParameters.from_level(19, source_size=len(text), window_log=window_log)
+    return len(zstandard.ZstdCompressor(compression_params=level).compress(text))
 
 
 def compression_bits_per_byte(train: bytes, valid: bytes) -> dict[str, Any]:
@@ -76,6 +76,6 @@ def compression_bits_per_byte(train: bytes, valid: bytes) -> dict[str, Any]:
     for name in sizes:
         alone = size_of[name, "valid"]
         given = size_of[name, "both"] - size_of[name, "train"]
-        rows.append({"name": name, "bits_per_byte": 8 * alone / len(valid), "note": "alone"})
-        rows.append({"name": name, "bits_per_byte": 8 * given / len(valid), "note": "given the training text"})
+        for size, note in ((alone, "alone"), (given, "given the training text")):
+            rows.append({"name": name, "bits_per_byte": 8 * size / len(valid), "note": note})
     return {"train_bytes": len(train), "valid_bytes": len(valid), "rows": rows}

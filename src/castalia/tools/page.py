@@ -9,6 +9,10 @@ it the page is complete.
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
+from typing import Any
+
+from castalia.tools.plots import COLOURS
 
 # Eight hues that keep apart for the common forms of colour blindness (after Okabe & Ito 2008),
 # darkened for white paper and lightened for the dark.
@@ -21,14 +25,17 @@ def _palette(colours: tuple[str, ...]) -> str:
 
 
 _STYLE = (
-    f":root{{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2027;--soft:#5d6875;--line:#e1e5ea;"
-    f"--grid:#eceff3;--mark:#eef3fb;{_palette(_LIGHT)}}}"
-    f"@media (prefers-color-scheme:dark){{:root{{--paper:#12151a;--card:#1a1e25;--ink:#e6e9ee;--soft:#98a3b1;"
-    f"--line:#2c323b;--grid:#262b33;--mark:#212a38;{_palette(_DARK)}}}}}"
-) + """
+    (
+        ":root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2027;--soft:#5d6875;"
+        f"--line:#e1e5ea;--grid:#eceff3;--mark:#eef3fb;{_palette(_LIGHT)}}}"
+        "@media (prefers-color-scheme:dark){:root{"
+        "--paper:#12151a;--card:#1a1e25;--ink:#e6e9ee;--soft:#98a3b1;"
+        f"--line:#2c323b;--grid:#262b33;--mark:#212a38;{_palette(_DARK)}}}}}"
+    )
+    + """
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1140px;margin:0 auto;padding:36px 24px 56px}
 h1{font-size:28px;line-height:1.2;letter-spacing:-.015em;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:18px;letter-spacing:-.005em;margin:36px 0 12px}
@@ -37,21 +44,22 @@ h3{font-size:14px;margin:0;font-weight:600}
 .soft{margin:0 0 22px}
 footer{color:var(--soft);font-size:13px;margin-top:40px;border-top:1px solid var(--line);padding-top:14px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:12px;margin:0}
-.facts div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px}
+.facts{display:grid;grid-template-columns:repeat(4,1fr);gap:12px;margin:0}
+.facts div{background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:12px 16px}
 .facts dt{color:var(--soft);font-size:13px}
-.facts dd{margin:2px 0 0;font-size:22px;font-weight:600;letter-spacing:-.01em;font-variant-numeric:tabular-nums}
+.facts dd{margin:2px 0 0;font-size:22px;font-weight:600;letter-spacing:-.01em;
+font-variant-numeric:tabular-nums}
 .facts dd small{display:block;font-size:12.5px;font-weight:400;color:var(--soft);letter-spacing:0}
 .scroll{overflow-x:auto;padding:0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:8px 16px;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
-tbody th{font-weight:500}
+tbody th{font-weight:500} th b{font-weight:700}
 td.n,th.n{text-align:right;white-space:nowrap}
 td.wide{width:40%;min-width:180px;vertical-align:middle}
-tr.own{background:var(--mark)} tr.own th{font-weight:650}
 .bar{display:block;height:10px;border-radius:3px;background:var(--soft);opacity:.55}
-.own .bar{background:var(--c0);opacity:1}
+.bar.own{background:var(--c0);opacity:1}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);margin-right:8px}
 .charts{display:grid;grid-template-columns:1fr 1fr;gap:14px}
 .charts .whole{grid-column:1/-1}
@@ -63,34 +71,43 @@ tr.own{background:var(--mark)} tr.own th{font-weight:650}
 .tick,.label{font-size:11.5px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .curve path{fill:none;stroke:var(--c);stroke-width:1.7;stroke-linejoin:round;stroke-linecap:round}
 .curve circle,.cursor circle{fill:var(--c);stroke:var(--card);stroke-width:1.2}
-.curve.faint path{stroke-width:1;opacity:.32}
-.curve.points path{stroke-dasharray:5 3.5;stroke-linecap:butt}
+.curve.faint path{stroke-width:1;opacity:.4}
+.curve.dashed path{stroke-dasharray:5 3.5;stroke-linecap:butt}
 .cursor line{stroke:var(--soft);opacity:.7}
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:0;padding:0;font-size:12.5px;color:var(--soft)}
-.legend i{display:inline-block;width:18px;border-top:2.5px solid var(--c);vertical-align:middle;margin-right:6px}
-.legend .faint i{opacity:.4} .legend .points i{border-top-style:dashed}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:0;padding:0;
+font-size:12.5px;color:var(--soft)}
+.legend i{display:inline-block;width:18px;border-top:2.5px solid var(--c);
+vertical-align:middle;margin-right:6px}
+.legend .dashed i{border-top-style:dashed}
 .readout{position:absolute;pointer-events:none;top:6px;background:var(--card);border:1px solid var(--line);
-border-radius:7px;padding:6px 10px;font-size:12.5px;line-height:1.45;white-space:nowrap;z-index:1;
+border-radius:7px;padding:6px 10px;
+font-size:12.5px;line-height:1.45;white-space:nowrap;
+z-index:1;
 box-shadow:0 3px 14px #0002;font-variant-numeric:tabular-nums}
 .readout b{font-weight:600} .readout span{float:right;margin-left:18px;font-weight:600}
-.switch{display:inline-flex;border:1px solid var(--line);border-radius:8px;overflow:hidden;background:var(--card);
-margin:0 0 12px;font-size:13px}
-.switch label{padding:4px 14px;cursor:pointer;color:var(--soft)} .switch label+label{border-left:1px solid var(--line)}
+.switch{display:inline-flex;border:1px solid var(--line);border-radius:8px;overflow:hidden;
+background:var(--card);margin:0 0 12px;font-size:13px}
+.switch label{padding:4px 14px;cursor:pointer;color:var(--soft)}
+.switch label+label{border-left:1px solid var(--line)}
 .axes>input{position:absolute;opacity:0}
 .by{display:none}
-#by-step:checked~.charts .by-step,#by-tokens:checked~.charts .by-tokens,#by-time:checked~.charts .by-time{display:block}
+#by-step:checked~.charts .by-step,
+#by-tokens:checked~.charts .by-tokens,
+#by-time:checked~.charts .by-time{display:block}
 #by-step:checked~.switch [for=by-step],#by-tokens:checked~.switch [for=by-tokens],
 #by-time:checked~.switch [for=by-time]{background:var(--mark);color:var(--ink);font-weight:600}
 .axes>input:focus-visible~.switch{outline:2px solid var(--c0)}
-pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,
-"DejaVu Sans Mono",monospace}
+pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
+font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .samples{display:grid;gap:12px}
 .samples b{background:var(--mark);font-weight:600}
 .samples p{margin:0 0 6px;font-size:13px;color:var(--soft)}
 details{margin-top:12px} summary{cursor:pointer;font-weight:600} details[open] summary{margin-bottom:10px}
-@media (max-width:800px){.charts{grid-template-columns:1fr}main{padding:22px 14px}}
+@media (max-width:800px){main{padding:22px 14px}.charts{grid-template-columns:1fr}
+.facts{grid-template-columns:1fr 1fr}.whole .plot{overflow-x:auto}.whole svg{min-width:760px}}
 @media print{body{background:#fff}.card,.facts div{break-inside:avoid}}
 """
+)
 
 _SCRIPT = """
 for (const figure of document.querySelectorAll('.chart')) {
@@ -105,7 +122,8 @@ for (const figure of document.querySelectorAll('.chart')) {
     while (b - a > 1) { const m = (a + b) >> 1; if (xs[m] < x) a = m; else b = m; }
     return Math.abs(xs[a] - x) <= Math.abs(xs[b] - x) ? a : b;
   };
-  const number = v => Math.abs(v) >= 1000 ? Math.round(v).toLocaleString('en') : String(+v.toPrecision(5));
+  const number = v => Math.abs(v) >= 1000 ? Math.round(v).toLocaleString('en')
+    : v && Math.abs(v) < 1e-3 ? v.toExponential(3) : String(+v.toPrecision(5));
   const hide = () => { cursor.replaceChildren(); readout.hidden = true; };
   const make = (name, set) => {
     const e = document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -118,9 +136,14 @@ for (const figure of document.querySelectorAll('.chart')) {
     const at = (event.clientX - box.left) * zoom;
     if (at < left - 6 || at > right + 6) return hide();
     const wanted = data.x[0] + (at - left) / (right - left) * (data.x[1] - data.x[0]);
-    const found = data.series.map(s => [s, nearest(s.x, wanted)]);
+    // A curve that has ended, or not begun, says nothing here.
+    const slack = (data.x[1] - data.x[0]) / 100;
+    const found = data.series.filter(s => wanted >= s.x[0] - slack && wanted <= s.x[s.x.length - 1] + slack)
+      .map(s => [s, nearest(s.x, wanted)]);
+    if (!found.length) return hide();
     // The line stands on a measured point: the one nearest to the pointer.
-    const x = found.map(([s, i]) => s.x[i]).reduce((a, b) => Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a);
+    const away = v => Math.abs(v - wanted);
+    const x = found.map(([s, i]) => s.x[i]).reduce((a, b) => away(b) < away(a) ? b : a);
     cursor.replaceChildren(make('line', {x1: px(x), x2: px(x), y1: top, y2: bottom}));
     const rows = [document.createElement('div')];
     rows[0].textContent = data.unit + ' ' + number(x);
@@ -143,12 +166,40 @@ for (const figure of document.querySelectorAll('.chart')) {
 """
 
 
+def text(value: Any) -> str:
+    """Any value as text that is safe inside HTML."""
+    return html.escape(str(value))
+
+
+def heading(title: str, line: str) -> str:
+    """The page's title and the line below it."""
+    return f'<h1>{text(title)}</h1><p class="soft">{text(line)}</p>'
+
+
+def table(head: str, rows: Sequence[str]) -> str:
+    """A table of rows whose cells are HTML already; `head` is the heading's cells, or empty."""
+    thead = f"<thead><tr>{head}</tr></thead>" if head else ""
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table>{thead}<tbody>{body}</tbody></table>"
+
+
+def folded(title: str, body: str) -> str:
+    """A section that opens on a click."""
+    return f'<details class="card"><summary>{text(title)}</summary>{body}</details>'
+
+
+def dot(colour: int) -> str:
+    """A dot in a curve's colour, in front of the name of its run."""
+    return f'<i class="dot" style="--c:var(--c{colour % COLOURS})"></i>'
+
+
 def render(title: str, body: str) -> str:
     """A whole HTML page around `body`, which is HTML already."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         # An empty icon: otherwise a browser asks the server for one.
-        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n'
+        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main>\n<script>{_SCRIPT}</script></body></html>\n"
     )

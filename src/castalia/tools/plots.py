@@ -14,14 +14,24 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 HEIGHT = 260
 MARGIN = {"left": 62, "right": 16, "top": 12, "bottom": 44}
 COLOURS = 8
 """How many colours the page defines; further series begin again."""
+_LOG_DIGITS = (
+    (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    (1, 1.5, 2, 3, 4, 5, 6, 8),
+    (1, 2, 3, 5),
+    (1, 2, 5),
+    (1, 3),
+    (1,),
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class Series:
         label: its name in legend and read-out.
         x, y: equally long; points that are not finite leave a gap.
         colour: index of the page's colour.
-        style: `line`, `faint` (a thin pale line, for raw values behind a smoothed one) or `points`
-            (dashed, each point marked).
+        style: `line`, `marked` (each point marked), `dashed` (the same, dashed) or `faint` (a thin pale
+            line without a legend, for raw values behind a smoothed one).
     """
 
     label: str
@@ -55,11 +65,11 @@ def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float, target: int = 7) -> list[float]:
-    """Round numbers within [low, high] for a logarithmic axis, low > 0: the richest set that is not too many."""
+    """Round numbers within [low, high] for a logarithmic axis: the richest set that is not too many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    choices = ((1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
-    for digits in choices:
-        ticks = [d * 10.0**e for e in decades for d in digits if low * (1 - 1e-9) <= d * 10.0**e <= high * (1 + 1e-9)]
+    low, high = low * (1 - 1e-9), high * (1 + 1e-9)
+    for digits in _LOG_DIGITS:
+        ticks = [d * 10.0**e for e in decades for d in digits if low <= d * 10.0**e <= high]
         if len(ticks) <= target:
             break
     else:
@@ -89,6 +99,18 @@ def format_number(value: float, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Labels of an axis, all of one form: 2e-4 .. 1e-3, or 0 .. 15k, or plain."""
+    most = max((abs(t) for t in ticks), default=0.0)
+    if 0 < most <= 0.01:
+        return ["0" if t == 0 else re.sub(r"\.?0*e", "e", f"{t:.2e}").replace("e-0", "e-") for t in ticks]
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if most >= limit:
+            scale = 1e3 if suffix == "k" else limit
+            return ["0" if t == 0 else f"{t / scale:.4g}{suffix}" for t in ticks]
+    return [format_number(t, 4) for t in ticks]
+
+
 def downsample(x: Sequence[float], y: Sequence[float], buckets: int) -> tuple[list[float], list[float]]:
     """Thin a curve to at most two points per bucket, its lowest and highest, in their own order.
 
@@ -109,18 +131,21 @@ def downsample(x: Sequence[float], y: Sequence[float], buckets: int) -> tuple[li
     return [x[i] for i in kept], [y[i] for i in kept]
 
 
-def smooth(y: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` points, without the start's bias towards zero.
+def smooth(y: Sequence[float], half_width: int) -> list[float]:
+    """Average of the values at most `half_width` points away on either side.
 
-    What is not finite is passed through and left out of the average.
+    The window is narrower near the start (a quarter of the way back to it), where a loss falls steeply and
+    a trailing or wide average would run far beside the curve. What is not finite is passed through and left
+    out of the averages.
     """
-    decay = 1 - 1 / max(span, 1.0)
-    total = weight = 0.0
+    finite = [math.isfinite(value) for value in y]
+    sums = [0.0, *accumulate(v if ok else 0.0 for v, ok in zip(y, finite, strict=True))]
+    counts = [0, *accumulate(finite)]
     out = []
-    for value in y:
-        if math.isfinite(value):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(total / weight if math.isfinite(value) else value)
+    for i, value in enumerate(y):
+        half = min(half_width, i // 4)
+        a, b = i - half, min(i + half + 1, len(y))
+        out.append((sums[b] - sums[a]) / (counts[b] - counts[a]) if finite[i] else value)
     return out
 
 
@@ -138,9 +163,9 @@ def _y_range(values: Sequence[float], log: bool, zero: bool) -> tuple[float, flo
         pad = (high / low) ** 0.04 if high > low else 1.1
         return low / pad, high * pad
     if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
+        low = min(low, 0.0)
     pad = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    return (low if zero and low == 0 else low - pad), (high if zero and high == 0 else high + pad)
+    return (low if zero and low == 0 else low - pad), high + pad
 
 
 def chart(
@@ -159,7 +184,7 @@ def chart(
         series: what to draw, the first at the bottom.
         x_label, y_label: names of the axes; the unit belongs in them.
         log_y: logarithmic y axis; points that are not positive are left out.
-        zero: the y axis includes 0.
+        zero: the y axis begins at 0, or below if a value does.
         width: of the drawing in pixels; the page may scale it.
 
     Returns:
@@ -174,8 +199,8 @@ def chart(
     x_low, x_high = min(xs), max(xs)
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
-    elif 0 < x_low < 0.1 * x_high:
-        x_low = 0.0  # a run that starts at its first logged step starts at the axis
+    elif 0 < x_low < 0.25 * x_high:
+        x_low = 0.0  # the run began at 0, if its first record did not
     y_low, y_high = _y_range(ys, log_y, zero)
     left, right = MARGIN["left"], width - MARGIN["right"]
     top, bottom = MARGIN["top"], HEIGHT - MARGIN["bottom"]
@@ -183,18 +208,19 @@ def chart(
     to_y = _scale(y_low, y_high, bottom, top, log_y)
 
     parts = []
-    for value in log_ticks(y_low, y_high) if log_y else nice_ticks(y_low, y_high, 5):
-        y = to_y(value)
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{format_number(value)}</text>')
-    for value in nice_ticks(x_low, x_high, max(width // 100, 3)):
-        x = to_x(value)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        label = format_number(value, 4)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
+    y_ticks = log_ticks(y_low, y_high) if log_y else nice_ticks(y_low, y_high, 5)
+    for value, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
+        y = f"{to_y(value):.1f}"
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y}" dy="4" text-anchor="end">{label}</text>')
+    x_ticks = nice_ticks(x_low, x_high, max(width // 100, 3))
+    for value, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
+        x = f"{to_x(value):.1f}"
+        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{bottom}" y2="{bottom + 4}"/>')
+        parts.append(f'<text class="tick" x="{x}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    middle = (left + right) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_label)}</text>')
+    name = f'<text class="label" x="{(left + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+    parts.append(f"{name}{html.escape(x_label)}</text>")
     for s, segments in drawn:
         parts.append(_curve(s, segments, to_x, to_y))
     data = {
@@ -215,11 +241,16 @@ def chart(
     }
     heading = html.escape(title)
     unit = f' <span class="unit">{html.escape(y_label)}</span>' if y_label else ""
-    return (
-        f'<figure class="chart"><figcaption><h3>{heading}{unit}</h3>{_legend([s for s, _ in drawn])}</figcaption>'
-        f'<div class="plot"><svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{heading}">{"".join(parts)}'
-        f'<g class="cursor"></g></svg><div class="readout" hidden></div></div>'
-        f'<script type="application/json">{script_json(data)}</script></figure>'
+    return "".join(
+        [
+            f'<figure class="chart"><figcaption><h3>{heading}{unit}</h3>',
+            _legend([s for s, _ in drawn]),
+            '</figcaption><div class="plot">',
+            f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{heading}">',
+            *parts,
+            '<g class="cursor"></g></svg><div class="readout" hidden></div></div>',
+            f'<script type="application/json">{script_json(data)}</script></figure>',
+        ]
     )
 
 
@@ -260,7 +291,7 @@ def _curve(
     for xs, ys in segments:
         points = [f"{to_x(x):.1f} {to_y(y):.1f}" for x, y in zip(xs, ys, strict=True)]
         path.append("M" + "L".join(points))
-        if series.style == "points" or len(points) == 1:
+        if series.style in ("marked", "dashed") or len(points) == 1:
             dots += [p.split() for p in points]
     circles = "".join(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in dots)
     return f'<g class="curve {series.style}" {style}><path d="{"".join(path)}"/>{circles}</g>'
@@ -268,6 +299,7 @@ def _curve(
 
 def _legend(series: Sequence[Series]) -> str:
     """Names of the curves; none for a chart of one."""
+    series = [s for s in series if s.style != "faint"]
     if len(series) < 2:
         return ""
     entries = (

@@ -4,9 +4,8 @@
     environment.json  -> facts                      comparison.json   -> bits per byte of others
                                                     samples.json      -> generated text
 
-Reading is forgiving where a run is still going (a last line that is half written, files that
-do not exist yet) and strict where a file is damaged: a curve with a hole that nobody sees is
-worse than an error.
+Reading is forgiving where a run is still going or was killed (a line that is half written,
+files that do not exist yet), but counts what it passes over, so that the report can say so.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from castalia.errors import UserError
+from castalia.train.metrics import read_metrics
 
 Record = dict[str, Any]
 
@@ -33,10 +34,11 @@ class Run:
     valid: list[Record]
     test: list[Record]
     events: list[Record]
+    unreadable: int = 0
     config_text: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
-    environment: Any = None
+    environment: dict[str, Any] = field(default_factory=dict)
     comparison: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -54,21 +56,25 @@ class Run:
             return [float(r[x]) for r in records], [float(r[y]) for r in records]
         # `tokens` of a validation record counts what it was measured on: its place on the axis is
         # read off the training records.
-        places = [float(r["step"]) if x == "step" else self.at_step(r["step"], x) for r in records]
-        return places, [float(r[y]) for r in records]
+        steps = [float(r["step"]) for r in records]
+        return steps if x == "step" else self.at_steps(steps, x), [float(r[y]) for r in records]
 
-    def at_step(self, step: float, key: str) -> float:
-        """`tokens` or `seconds` of training when `step` was done, between records by proportion."""
+    def at_steps(self, wanted: Sequence[float], key: str) -> list[float]:
+        """`tokens` or `seconds` of training when each step was done, between records by proportion."""
         steps, values = [0.0], [0.0]
         for r in self.train:
             if _is_number(r.get(key)):
                 steps.append(float(r["step"]))
                 values.append(float(r[key]))
-        i = min(bisect_left(steps, step), len(steps) - 1)
-        if i == 0 or steps[i] <= step:
-            return values[i]
-        share = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
-        return values[i - 1] + share * (values[i] - values[i - 1])
+        out = []
+        for step in wanted:
+            i = min(bisect_left(steps, step), len(steps) - 1)
+            if i == 0 or steps[i] <= step:
+                out.append(values[i])
+            else:
+                share = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
+                out.append(values[i - 1] + share * (values[i] - values[i - 1]))
+        return out
 
     def last(self, key: str, *kinds: str) -> float | None:
         """The newest finite value of `key` in the first of `kinds` that has one."""
@@ -91,42 +97,28 @@ def read_run(path: Path) -> Run:
     """
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{path} is not a run directory: it has no metrics.jsonl; give a directory that `train` wrote")
-    records = read_metrics(metrics)
+        raise UserError(
+            f"{path} is not a run directory: it has no metrics.jsonl; give one that `train` wrote"
+        )
+    records = [r for r in read_metrics(metrics) if isinstance(r, dict) and _is_number(r.get("step"))]
+    newer = next((r["v"] for r in records if r.get("v", 1) != 1), None)
+    if newer is not None:
+        raise UserError(
+            f"{metrics} is of version {newer}, and this Castalia reads version 1: use a newer one"
+        )
     if not any(r.get("kind") in ("train", "valid", "test") for r in records):
         raise UserError(f"{metrics} has no training or evaluation record yet: wait for the first logged step")
-    kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "valid", "test", "event")}
-    run = Run(path, path.resolve().name, kinds["train"], kinds["valid"], kinds["test"], kinds["event"])
+    train, valid, test, events = (
+        [r for r in records if r.get("kind") == kind] for kind in ("train", "valid", "test", "event")
+    )
+    run = Run(path, path.resolve().name, train, valid, test, events)
     _read_config(run)
-    run.environment = _read_json(path / "environment.json")
+    # Lines with an end, less those that are records; what has no end yet is still being written.
+    run.unreadable = metrics.read_bytes().count(b"\n") - len(records)
+    run.environment = _read_json(path / "environment.json") or {}
     run.comparison = _read_json(path / "comparison.json")
     run.samples = _read_json(path / "samples.json") or []
     return run
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """Records of a metrics.jsonl; a last line without its newline is still being written and left out.
-
-    Raises:
-        UserError: any other line is not a record, or is of a newer version.
-    """
-    # Split on newlines only: a string in a record may hold other separators.
-    *lines, _ = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            valid = isinstance(record, dict) and _is_number(record.get("step", 0))
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(f"{path}:{number} is not a metrics record: remove the line, or restore the file")
-        if record.get("v", 1) != 1:
-            raise UserError(
-                f"{path}:{number} is of version {record['v']}, this Castalia reads version 1: use a newer Castalia"
-            )
-        records.append(record)
-    return records
 
 
 def _read_json(path: Path) -> Any:
@@ -142,7 +134,7 @@ def _read_json(path: Path) -> Any:
 def _read_config(run: Run) -> None:
     """The configuration as text, as values, and the number of parameters that follows.
 
-    A configuration that this version cannot read still shows as text, so that reports of old runs can be made.
+    A configuration that this version cannot read still shows as text, so that old runs can be reported.
     """
     path = run.path / "config.yaml"
     if not path.is_file():

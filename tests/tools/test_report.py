@@ -1,0 +1,204 @@
+"""The report is one whole page that loads nothing, at every stage of a run."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from castalia.errors import UserError
+from castalia.tools.records import read_run
+from castalia.tools.report import duration, write_report
+
+CONFIG = """version: 1
+name: {name}
+model:
+  num_layers: 2
+  hidden_size: 32
+  num_attention_heads: 4
+  vocab_size: 384
+training:
+  steps: 200
+optimizer:
+  lr: {lr}
+"""
+
+
+def write_run(path: Path, name: str = "demo", steps: int = 100, lr: float = 1e-3, **changes: Any) -> Path:
+    """A run directory with a record at each step."""
+    path.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"kind": "event", "step": 0, "event": "start", "text": "fresh"}]
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": step * 1000,
+                "loss": 2 + 6 / step,
+                "lr": lr * step / steps,
+                "grad_norm": 1 + 1 / step,
+                "tokens_per_second": 2000.0,
+                "mfu": 0.5,
+                "seconds": step / 2,
+                "peak_memory": 2**30,
+            }
+            | changes
+        )
+        if step % 50 == 0:
+            valid = {"loss": 2.5, "bits_per_byte": 1.25, "perplexity": math.exp(2.5), "tokens": 777}
+            lines.append({"kind": "valid", "step": step} | valid)
+    lines.append({"kind": "event", "step": steps, "event": "end", "text": ""})
+    (path / "metrics.jsonl").write_text("".join(json.dumps({"v": 1} | line) + "\n" for line in lines))
+    (path / "config.yaml").write_text(CONFIG.format(name=name, lr=lr))
+    (path / "environment.json").write_text(json.dumps({"cpu": "a <fast> one", "threads": 2, "devices": []}))
+    return path
+
+
+class Balanced(HTMLParser):
+    """Checks that tags close in order, and collects what a browser would fetch."""
+
+    VOID = {"meta", "link", "input", "br", "line", "path", "circle"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def page_of(tmp_path: Path, *runs: Path) -> str:
+    write_report(list(runs), tmp_path / "out" / "report.html")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert parser.fetched == ["data:,"]
+    assert "@import" not in page and "url(" not in page
+    for data in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S):
+        json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    return page
+
+
+def charts(page: str) -> list[str]:
+    return re.findall(r"<h3>([^<]*?) ?<", page)
+
+
+def test_one_run(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_run(tmp_path / "a"))
+    assert "<h1>demo</h1>" in page
+    assert "step 100 of 200, finished" in page and "a &lt;fast&gt; one, 2 threads" in page
+    for fact in ("100k", "2.0600", "2.5000", "1.2500", "50 s", "2,000", "MFU 50%", "1.00 GiB"):
+        assert fact in page, fact
+    names = ["Loss", "Validation", "Learning rate", "Gradient norm", "Throughput"]
+    assert charts(page) == [name for name in names for _ in range(3)]
+    assert "num_layers: 2" in page
+    # 384 x 32 twice, two layers, the last norm: counted here by hand.
+    layer = 2 * 64 + (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32)
+    assert read_run(tmp_path / "a").parameters == 2 * 384 * 32 + 2 * layer + 64
+
+
+def test_validation_is_placed_by_the_tokens_of_training(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    assert run.column("valid", "tokens", "loss") == ([50_000.0, 100_000.0], [2.5, 2.5])
+    assert run.column("valid", "seconds", "loss")[0] == [25.0, 50.0]
+    assert run.at_steps([0, 50.5, 1000], "tokens") == [0, 50_500, 100_000]
+
+
+def test_several_runs_and_what_differs(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", "one"), write_run(tmp_path / "b", "two", steps=20, lr=2e-3)
+    page = page_of(tmp_path, a, b)
+    assert "2 runs compared" in page
+    assert "two, validation" not in page  # it has none
+    rows = re.findall(r"<tr><th>([\w.]+)</th><td>([^<]*)</td><td>([^<]*)</td></tr>", page)
+    assert rows == [("optimizer.lr", "0.001", "0.002")]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folder(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b"))
+    assert str(tmp_path / "a") in page and str(tmp_path / "b") in page
+
+
+def test_a_run_that_is_still_going(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    whole = (run / "metrics.jsonl").read_bytes()
+    cut = whole.index(b'"step": 60')
+    (run / "metrics.jsonl").write_bytes(whole[: cut + 4])
+    for name in ("config.yaml", "environment.json"):
+        (run / name).unlink()
+    page = page_of(tmp_path, run)
+    assert "step 59, no end recorded yet" in page and "unreadable" not in page
+
+
+def test_a_torn_line_in_the_middle_is_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 60, "tokens"', '"step": 60{"v": 1, "tokens"'))
+    assert "1 unreadable line(s)" in page_of(tmp_path, run)
+
+
+def test_a_diverged_run(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_run(tmp_path / "a", loss=math.nan, grad_norm=math.inf))
+    assert "Gradient norm" not in page and "Learning rate" in page
+
+
+def test_comparison_and_samples(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    rows = [{"name": "xz -9", "bits_per_byte": 2.5, "note": "alone"}]
+    (run / "comparison.json").write_text(
+        json.dumps({"train_bytes": 10**7, "valid_bytes": 10**6, "rows": rows})
+    )
+    (run / "samples.json").write_text(json.dumps([{"prompt": "Once <", "text": " upon &", "step": 100}]))
+    page = page_of(tmp_path, run)
+    assert "10.00 MB of training text, 1.00 MB of unseen text" in page
+    assert page.index("<b>demo</b>") < page.index("xz -9")  # best first
+    assert "<b>Once &lt;</b> upon &amp;" in page
+
+
+def test_an_own_row_is_not_doubled(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    rows = [{"name": "ours", "bits_per_byte": 1.0, "model": True}, {"name": "xz", "bits_per_byte": 2.0}]
+    (run / "comparison.json").write_text(json.dumps({"rows": rows}))
+    assert "this run" not in page_of(tmp_path, run)
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    page = page_of(tmp_path, write_run(tmp_path / "a", steps=20_000))
+    assert len(page) < 400_000
+
+
+def test_refusals(tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="no run is given"):
+        write_report([], output)
+    with pytest.raises(UserError, match="no metrics.jsonl"):
+        write_report([empty], output)
+    (empty / "metrics.jsonl").write_text('{"v": 1, "kind": "event", "step": 0, "event": "start"}\n')
+    with pytest.raises(UserError, match="no training or evaluation record"):
+        write_report([empty], output)
+    (empty / "metrics.jsonl").write_text('{"v": 2, "kind": "train", "step": 1, "loss": 3.0}\n')
+    with pytest.raises(UserError, match="version 2"):
+        write_report([empty], output)
+    run = write_run(tmp_path / "a")
+    (run / "comparison.json").write_text("{")
+    with pytest.raises(UserError, match="comparison.json is not JSON"):
+        write_report([run], output)
+    assert not output.exists()
+
+
+def test_durations() -> None:
+    cases = {0.5: "0.5 s", 42: "42 s", 725: "12 min 5 s", 12000: "3 h 20 min", 3600: "1 h", 187200: "2 d 4 h"}
+    assert {s: duration(s) for s in cases} == cases
