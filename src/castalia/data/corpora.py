@@ -86,18 +86,22 @@ def write_corpus(
     Returns:
         For `train` and `valid`: number of `documents` and UTF-8 `bytes` of text.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     summary = {}
     parts = split_by_file(stdlib_corpus(), valid_fraction, seed)
     for part, docs in zip(("train", "valid"), parts, strict=True):
-        path = target / f"{part}.jsonl"
-        partial = Path(f"{path}.partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            for name, text in docs:
-                file.write(json.dumps({"text": text, "name": name}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_documents(Path(folder) / f"{part}.jsonl", docs)
         summary[part] = {"documents": len(docs), "bytes": sum(len(text.encode()) for _, text in docs)}
     return summary
+
+
+def write_documents(path: str | os.PathLike[str], docs: Iterable[tuple[str, str]]) -> None:
+    """Write (name, text) pairs as a .jsonl file, whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{target}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for name, text in docs:
+            file.write(json.dumps({"text": text, "name": name}, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, target)
