@@ -1,26 +1,14 @@
-"""Small models and a tokenizer of bytes for the generation tests."""
+"""Small models and a tokenizer of its own for each generation test."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from castalia.config import ModelConfig
+from castalia.data.tokenizer import ByteTokenizer
 from castalia.model import Transformer, build_model
-
-
-class ByteTokenizer:
-    """UTF-8 bytes are their own ids; 256 ends a text."""
-
-    vocab_size = 257
-    eod: int | None = 256
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 @pytest.fixture
@@ -40,7 +28,9 @@ def make_model() -> Callable[..., Transformer]:
             "rotary_fraction": 0.5,
         }
         model = build_model(ModelConfig(**(settings | changes)), seed=0)
-        with torch.no_grad():  # sharper than an untrained model, so that tokens differ and ties are no concern
+        with (
+            torch.no_grad()
+        ):  # sharper than an untrained model, so that tokens differ and ties are no concern
             model.head_weight.mul_(20)
         return model
 

@@ -36,7 +36,12 @@ def brute_force(logits: list[float], temperature: float, k: int, p: float) -> li
 
 
 @settings(max_examples=200, deadline=None)
-@given(numbers, st.sampled_from([0.3, 1.0, 1.7]), st.integers(0, 8), st.sampled_from([0.0, 0.11, 0.37, 0.73, 0.97, 1.0]))
+@given(
+    numbers,
+    st.sampled_from([0.3, 1.0, 1.7]),
+    st.integers(0, 8),
+    st.sampled_from([0.0, 0.11, 0.37, 0.73, 0.97, 1.0]),
+)
 def test_distribution_equals_brute_force(logits: list[float], temperature: float, k: int, p: float) -> None:
     ours = next_token_probabilities(torch.tensor([logits]), SamplingSettings(temperature, k, p))[0]
     theirs = torch.tensor(brute_force(logits, temperature, k, p), dtype=torch.float64)
@@ -74,7 +79,9 @@ def test_draws_follow_the_distribution() -> None:
     n = 4000
     generators = [make_generator(0, i) for i in range(n)]
     counts = sample(ROW.expand(n, -1), options, generators).bincount(minlength=6)
-    chi_squared = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts.tolist(), expected.tolist(), strict=True) if p > 0)
+    chi_squared = sum(
+        (c - n * p) ** 2 / (n * p) for c, p in zip(counts.tolist(), expected.tolist(), strict=True) if p > 0
+    )
     assert all(c == 0 for c, p in zip(counts.tolist(), expected.tolist(), strict=True) if p == 0)
     assert chi_squared < 16.3  # the 99.9 % point with 3 degrees of freedom; the seeds are fixed
 
@@ -109,7 +116,9 @@ def test_generators_differ_by_seed_and_index_and_repeat() -> None:
     assert values == {key: first(*key) for key in values}
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 1.5}]
+)
 def test_senseless_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingSettings(**bad)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from castalia.generate.cache import KVCache
     from castalia.generate.engine import Generation, generate
+    from castalia.generate.load import load_run
     from castalia.generate.sampling import SamplingSettings
 
 _HOME = {
@@ -18,8 +19,9 @@ _HOME = {
     "KVCache": "castalia.generate.cache",
     "SamplingSettings": "castalia.generate.sampling",
     "generate": "castalia.generate.engine",
+    "load_run": "castalia.generate.load",
 }
-__all__ = ["Generation", "KVCache", "SamplingSettings", "generate"]
+__all__ = ["Generation", "KVCache", "SamplingSettings", "generate", "load_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,31 +15,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 from castalia.generate.cache import KVCache
 from castalia.generate.sampling import SamplingSettings, make_generator, sample
 from castalia.model import Transformer
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    vocab_size: int
-    eod: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text."""
-        ...
-
 
 OnToken = Callable[[int, int, str], None]
 """Called as (index of the prompt, token id, text that has become readable) for each token."""
@@ -151,7 +136,8 @@ def _prompt_ids(
     outside = next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None)
     if outside is not None:
         raise UserError(
-            f"prompt {index} holds the id {outside}, but the tokenizer's ids go from 0 to {tokenizer.vocab_size - 1}"
+            f"prompt {index} holds the id {outside}, but the tokenizer's ids go from 0 to "
+            f"{tokenizer.vocab_size - 1}: encode it with this run's tokenizer"
         )
     longest = model.cfg.max_position_embeddings
     if longest is not None and len(ids) + max_tokens > longest:
@@ -178,7 +164,9 @@ def _inference(model: Transformer) -> Iterator[None]:
 def make_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
     """An empty cache that fits a model: its layers and heads, its matrices' dtype and device."""
     cfg, weight = model.cfg, model.head_weight
-    return KVCache(cfg.num_layers, batch, cfg.kv_heads, max_length, cfg.head_size, weight.dtype, weight.device)
+    return KVCache(
+        cfg.num_layers, batch, cfg.kv_heads, max_length, cfg.head_size, weight.dtype, weight.device
+    )
 
 
 def _run_batch(

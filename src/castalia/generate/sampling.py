@@ -76,7 +76,9 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-def next_token_probabilities(logits: Tensor, settings: SamplingSettings, vocab_size: int | None = None) -> Tensor:
+def next_token_probabilities(
+    logits: Tensor, settings: SamplingSettings, vocab_size: int | None = None
+) -> Tensor:
     """The distribution that the next token is drawn from.
 
     Args:
@@ -123,7 +125,10 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor, settings: SamplingSettings, generators: Sequence[torch.Generator], vocab_size: int | None = None
+    logits: Tensor,
+    settings: SamplingSettings,
+    generators: Sequence[torch.Generator],
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Choose the next token of each sequence.
 
