@@ -121,10 +121,11 @@ def test_a_step_beyond_the_plan_surfaces() -> None:
         list(Loader(Numbers(), RunPlan(4, 4, 2), Shard(), 2).stream(0, 3))
 
 
-def test_closing_stops_the_thread() -> None:
-    stream = Loader(Numbers(), RunPlan(4, 4, 1000), Shard(), 2, prefetch=2).stream(0, 1000)
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_closing_stops_the_thread(prefetch: int) -> None:
+    stream = Loader(Numbers(), RunPlan(4, 4, 1000), Shard(), 2, prefetch=prefetch).stream(0, 1000)
     next(stream)
-    assert len(loader_threads()) == 1
+    assert len(loader_threads()) == min(prefetch, 1)
     stream.close()
     assert loader_threads() == []
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,7 @@ class Loader:
             positions=torch.arange(seq_length).repeat(len(ids), 1),
         )
 
-    def stream(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+    def stream(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """Micro-batches of the plan's steps [first_step, last_step), one list per step.
 
         Closing the iterator, or leaving its loop, stops the thread that reads ahead; an
@@ -149,13 +149,13 @@ class Loader:
         """
         return self.stream_specs(self.plan.at(step) for step in range(first_step, last_step))
 
-    def stream_specs(self, specs: Iterable[StepSpec]) -> Iterator[list[Batch]]:
+    def stream_specs(self, specs: Iterable[StepSpec]) -> Generator[list[Batch], None, None]:
         """As `stream`, for any specs, such as those of an evaluation."""
         if self.prefetch < 1:
             return (self.batch(spec) for spec in specs)
         return self._read_ahead(specs)
 
-    def _read_ahead(self, specs: Iterable[StepSpec]) -> Iterator[list[Batch]]:
+    def _read_ahead(self, specs: Iterable[StepSpec]) -> Generator[list[Batch], None, None]:
         # One sentinel type per outcome keeps a None or an exception from passing for data.
         ready: queue.Queue[list[Batch] | _End] = queue.Queue(self.prefetch)
         stop = threading.Event()
