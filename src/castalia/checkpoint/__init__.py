@@ -1,0 +1,23 @@
+"""Checkpoints: state dicts on disk, whole or not at all. Knows tensors by name, not models.
+
+save    tensors + state -> step-N/, atomically, with a manifest of hashes
+load    the newest whole one -> tensors in place
+lock    one process trains in a run's folder
+"""
+
+from castalia.checkpoint.layout import verify_checkpoint
+from castalia.checkpoint.load import Checkpoint, find_checkpoint, load_checkpoint, read_state, tensor_shapes
+from castalia.checkpoint.lock import RunLock
+from castalia.checkpoint.save import CheckpointNotSaved, save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointNotSaved",
+    "RunLock",
+    "find_checkpoint",
+    "load_checkpoint",
+    "read_state",
+    "save_checkpoint",
+    "tensor_shapes",
+    "verify_checkpoint",
+]
