@@ -163,6 +163,7 @@ def test_golden_blend() -> None:
     assert which.tolist() == [2, 1, 0, 2, 2, 1, 2, 2, 0, 2, 1, 2, 2, 1, 2, 2, 0, 2, 1, 2, 2, 1, 2, 2]
     for i in range(3):
         assert sample[which == i].tolist() == list(range((which == i).sum()))
+    assert blend_requests([1.0], 143000 * 1024) == [147164160]  # Pythia's, as its index files are named
     assert weights_by_num_documents([100, 1000, 10000], 0.3) == [
         0.30958594962596214,
         0.5671656639253285,

@@ -212,6 +212,23 @@ def test_stopped_between_the_renames(
     assert not list(tmp_path.glob("ds.json.partial")) and not list(tmp_path.glob("ds.bin.partial"))
 
 
+def test_stopped_before_the_index_without_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ids must never stand beside an old index of the same shape."""
+    write(tmp_path / "ds", [[1, 2]])
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(StoreWriter, "abort", lambda self: None)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "ds", [[8, 9]])
+    assert not is_finished(tmp_path / "ds")
+
+
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "ds", "u2") as first:
         first.add_document([1])

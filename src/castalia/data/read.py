@@ -175,7 +175,7 @@ def _guarded_lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
 
 def _open(path: Path) -> IO[bytes]:
     try:
-        raw = open(path, "rb")
+        raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     if path.suffix == ".gz":
