@@ -1,0 +1,269 @@
+"""Every key of GPT-NeoX's configuration, v2.0 (March 2023) and main (2026), with its fate here.
+
+    TRANSLATED   its value becomes values of ours          (gptneox_rules.py says how)
+    REPORTED     it means nothing here; a note says why
+    REFUSED      what it asks for is not implemented yet, unless the value asks for nothing
+
+No key is in none of the three, so none is dropped silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["int", "number", "bool", "text", "list", "mapping", "any"]
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A key that is translated: the kind of its value, and its default in main and in v2.0."""
+
+    kind: Kind
+    main: Any = None
+    v2: Any = None
+
+    def default(self, compat: str) -> Any:
+        """The value where no file gives one."""
+        return self.main if compat == "main" else self.v2
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A key that asks for something missing, unless its value is one of `harmless` (or, of a block, not enabled)."""
+
+    what: str
+    harmless: tuple[Any, ...] = ()
+    block: bool = False
+    passed_on: bool = False
+
+    @property
+    def instead(self) -> str:
+        """What to do about it."""
+        values = [
+            str(v).lower() if isinstance(v, bool) else str(v) for v in self.harmless if v not in ([], {})
+        ]
+        return f"remove it, or set it to {' or '.join(values)}" if values else "remove it"
+
+    def asks(self, value: Any) -> bool:
+        """Whether this value asks for what is missing; null never does, nor settings of REPORTED that are passed on."""
+        if self.passed_on and isinstance(value, dict):
+            return not value.keys() <= REPORTED.keys()
+        if self.block:
+            return value is not None and not (isinstance(value, dict) and not value.get("enabled", False))
+        return value is not None and value not in self.harmless
+
+
+def _same(kind: Kind, default: Any = None) -> Translated:
+    return Translated(kind, default, default)
+
+
+TRANSLATED: dict[str, Translated] = {
+    # model
+    "num_layers": _same("int"),
+    "hidden_size": _same("int"),
+    "num_attention_heads": _same("int"),
+    "num_kv_heads": _same("int"),
+    "intermediate_size": _same("int"),
+    "expansion_factor": _same("number"),
+    "mlp_multiple_of": _same("int", 1),
+    "seq_length": _same("int"),
+    "max_position_embeddings": _same("int"),
+    "norm": _same("text", "layernorm"),
+    "layernorm_epsilon": _same("number", 1e-5),
+    "rms_norm_epsilon": _same("number", 1e-8),
+    "pos_emb": _same("text", "learned"),
+    "rotary_pct": _same("number", 1.0),
+    "rotary_emb_base": _same("number", 10000),
+    "no_weight_tying": _same("bool", False),
+    "attention_config": _same("list"),
+    "sliding_window_width": _same("int"),
+    "make_vocab_size_divisible_by": _same("int", 128),
+    "padded_vocab_size": _same("int"),
+    "activation": _same("text", "gelu"),
+    "bias_gelu_fusion": _same("bool", False),
+    "init_method": _same("text", "normal"),
+    "output_layer_init_method": _same("text", "scaled_normal"),
+    "init_method_std": _same("number", 0.02),
+    "gpt_j_residual": _same("bool", False),
+    "gpt_j_tied": _same("bool", False),
+    "use_bias_in_attn_linear": _same("bool", True),
+    "use_bias_in_mlp": _same("bool", True),
+    # optimizer and schedule
+    "optimizer": _same("mapping"),
+    "weight_decay": Translated("number", 0.1, 0.01),
+    "gradient_clipping": Translated("number", 1.0, 0.0),
+    "lr_decay_style": _same("text", "linear"),
+    "lr_decay_iters": _same("int"),
+    "lr_decay_fraction": _same("number"),
+    "min_lr": _same("number", 0.0),
+    "warmup": _same("number", 0.01),
+    # batch, length, precision
+    "train_batch_size": _same("int"),
+    "train_micro_batch_size_per_gpu": _same("int"),
+    "gradient_accumulation_steps": _same("int"),
+    "global_num_gpus": _same("int"),
+    "world_size": _same("int"),
+    "train_iters": _same("int"),
+    "exit_interval": _same("int"),
+    "seed": _same("int", 1234),
+    "precision": _same("text"),
+    "fp16": _same("mapping"),
+    "bf16": _same("mapping"),
+    # data and tokenizer
+    "data_path": _same("text"),
+    "split": _same("any", "969, 30, 1"),
+    "train_data_paths": _same("list"),
+    "valid_data_paths": _same("list"),
+    "test_data_paths": _same("list"),
+    "train_data_weights": _same("list"),
+    "valid_data_weights": _same("list"),
+    "test_data_weights": _same("list"),
+    "eod_mask_loss": _same("bool", False),
+    "tokenizer_type": _same("text", "GPT2BPETokenizer"),
+    "vocab_file": _same("text"),
+    "merge_file": _same("text"),
+    # evaluation, checkpoints, logging
+    "eval_interval": _same("int", 1000),
+    "eval_iters": _same("int", 100),
+    "save": _same("text"),
+    "load": _same("text"),
+    "checkpoint_factor": _same("number"),
+    "checkpoint_scale": _same("text", "linear"),
+    "extra_save_iters": _same("list"),
+    "keep_last_n_checkpoints": _same("int"),
+    "log_interval": _same("int", 100),
+    "peak_theoretical_tflops": _same("number"),
+}
+
+_REPORTED = {
+    "fused kernels: torch's own are used, and compute the same function": """
+        layernorm_fusion rmsnorm_fusion scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion
+        bias_dropout_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu onnx_safe""",
+    "TransformerEngine is not used; products run in the configured precision": """
+        te_columnparallel te_rowparallel te_layernorm_mlp te_mha te_fp8_format te_fp8_wgrad
+        te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin te_fp8_mha""",
+    "scores are divided and multiplied back by it: the same function": "apply_query_key_layer_scaling",
+    "the softmax is always taken in fp32": "attention_softmax_in_fp32",
+    "initial weights never depend on the device or the layout": "use_cpu_initialization lazy_mpu_init",
+    "rotary frequencies are computed, not saved": "rotary_save_freqs_buffer",
+    "used only by norm scalenorm": "scalenorm_epsilon",
+    "used only by pos_emb rpe": "rpe_num_buckets rpe_max_distance",
+    "used only by pos_emb learned": "opt_pos_emb_offset",
+    "used only by sparse attention": "sparsity_config sparse_attention",
+    "used only by aMLP blocks": "gmlp_attn_dim",
+    "used only by Mamba layers": """
+        mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion mamba_selective_fp32_params
+        mamba_use_bias_in_conv mamba_use_bias_in_linears""",
+    "used only by RWKV layers": "dim_att head_size ffn_dim",
+    "used only by mixtures of experts": """
+        moe_expert_interval moe_top_k moe_router_type moe_lbl_in_fp32 moe_jitter_eps""",
+    "used only by muP": """
+        base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult mup_rp_embedding_mult
+        mup_width_scale""",
+    "used only by preference training": """
+        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
+        fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out precompute_model_name""",
+    "used only by online reinforcement learning": "weight_server_port online_dataserver_ips online_dataserver_ports",
+    "used only with weight_by_num_documents": "weighted_sampler_alpha",
+    "has no effect in GPT-NeoX either": """
+        num_unique_layers param_sharing_style use_bias_in_norms short_seq_prob adlr_autoresume
+        adlr_autoresume_object adlr_autoresume_interval deepscale deepscale_config no_save_optim hysteresis
+        loss_scale loss_scale_window min_scale deepspeed_activation_checkpointing""",
+    "derived by GPT-NeoX from other keys": """
+        is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter zero_contiguous_gradients
+        zero_reduce_bucket_size zero_allgather_bucket_size lr local_rank rank do_train do_valid do_test save_iters
+        batch_size gas clip_grad dynamic_loss_scale config_files git_hash curriculum_seqlen""",
+    "an object or a counter of the running program, not a setting": """
+        tensorboard_writer comet_experiment tokenizer user_script iteration""",
+    "how weights and moments are spread over devices changes no value": "zero_optimization zero_allow_untested_optimizer",
+    "matters only where layers are spread over pipeline stages": "pipe_partition_method",
+    "matters only where matrices are spread over devices": "sequence_parallel output_layer_parallelism",
+    "gradients are summed in fp32": """
+        fp32_allreduce prescale_gradients gradient_predivide_factor sparse_gradients communication_data_type
+        data_types""",
+    "recomputing activations saves memory and changes no value": """
+        checkpoint_activations checkpoint_num_layers contiguous_checkpointing checkpoint_in_cpu
+        synchronize_each_layer profile_backward partition_activations activation_checkpointing""",
+    "DeepSpeed is not used": "deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint",
+    "launching is not the configuration's business": """
+        hostfile include exclude num_nodes num_gpus master_port master_addr launcher force_multi no_ssh_check
+        comment account detect_nvlink_pairs distributed_backend deepspeed_mpi deepspeed_slurm""",
+    "metrics go to metrics.jsonl in the run's folder": """
+        use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host wandb_init_all_ranks wandb
+        tensorboard_dir tensorboard csv_monitor use_comet comet_workspace comet_project comet_experiment_name
+        comet_tags comet_others log_dir""",
+    "the norm of the whole gradient is recorded; this is not recorded yet": """
+        log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states log_gradient_noise_scale
+        gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload""",
+    "bits per byte are reported instead, where the tokenizer is known": "char_level_ppl",
+    "profiling is not part of the configuration": """
+        memory_profiling memory_profiling_path profile profile_step_start profile_step_stop flops_profiler""",
+    "data is read by background threads: performance.prefetch": "num_workers mmap_warmup",
+    "the kind of data set is seen from its files": "data_impl",
+    "the order of samples is computed, and not written beside the data": "use_shared_fs",
+    "samples are packed": "allow_chopped",
+    "checkpoints are checked by their SHA-256": "checkpoint_validation_with_forward_pass",
+    "randomness depends on the seed and the step alone: there is no state to keep": "no_save_rng no_load_rng",
+    "used only with s3_path": "s3_chunk_size",
+    "a resumed run always compares its schedule with the checkpoint's": """
+        override_lr_scheduler use_checkpoint_lr_scheduler""",
+    "generation takes its settings on the command line": """
+        text_gen_type temperature top_p top_k return_logits maximum_tokens prompt_end sample_input_file
+        sample_output_file num_samples recompute""",
+    "evaluation on tasks takes its settings on the command line": "eval_results_prefix eval_tasks",
+}
+REPORTED: dict[str, str] = {key: why for why, keys in _REPORTED.items() for key in keys.split()}
+
+_PAIRS = [
+    f"{sign}_{split}{label}_data_paths"
+    for sign in ("pos", "neg")
+    for split in ("train", "valid", "test")
+    for label in ("", "_label")
+]
+REFUSED: dict[str, Refused] = {
+    "pipe_parallel_size": Refused("pipeline parallelism", (0, 1)),
+    "model_parallel_size": Refused("tensor parallelism", (0, 1)),
+    "hidden_dropout": Refused("dropout", (0,)),
+    "attention_dropout": Refused("dropout", (0,)),
+    "use_qk_layernorm": Refused("a norm of queries and keys", (False,)),
+    "fp16_lm_cross_entropy": Refused("a loss in fp16", (False,)),
+    "soft_prompt_tuning": Refused("soft prompt tuning", block=True),
+    "serve_model_weights": Refused("serving weights to other programs", (False,)),
+    "use_bnb_optimizer": Refused("8-bit Adam", (False,)),
+    "moe_num_experts": Refused("a mixture of experts", (1,)),
+    "use_mup": Refused("muP", (False,)),
+    "coord_check": Refused("the coordinate check of muP", (False,)),
+    "save_base_shapes": Refused("muP", (False,)),
+    "scheduler": Refused("DeepSpeed's own scheduler", ({},)),
+    "amp": Refused("Apex AMP", block=True),
+    "curriculum_learning": Refused("a curriculum of sequence lengths", block=True),
+    "data_efficiency": Refused("DeepSpeed's data efficiency", block=True),
+    "elasticity": Refused("DeepSpeed's elasticity", block=True),
+    "autotuning": Refused("DeepSpeed's autotuning", block=True),
+    "autotuning_run": Refused("DeepSpeed's autotuning"),
+    "compression_training": Refused("DeepSpeed's compression", ({},)),
+    "deepspeed_extra_args": Refused("passing settings on to DeepSpeed", passed_on=True),
+    "train_epochs": Refused("a length in epochs"),
+    "weight_by_num_documents": Refused("blend weights from document counts", (False,)),
+    "pack_impl": Refused("samples that are not packed", ("packed",)),
+    "dataset_impl": Refused("data sets of pairs or online data", ("gpt2",)),
+    "train_impl": Refused("preference training", ("normal",)),
+    "finetune": Refused("starting from the weights of another run", (False,)),
+    "no_load_optim": Refused("running without an optimizer", (False,)),
+    "s3_path": Refused("checkpoints on S3"),
+} | {
+    key: Refused("data sets of labels, rewards or pairs", ([],))
+    for key in [
+        f"{split}_{kind}_data_paths" for split in ("train", "valid", "test") for kind in ("label", "reward")
+    ]
+    + _PAIRS
+}
+# Defaults that ask for something; v2.0 has dropout unless told otherwise.
+REFUSED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "main": {},
+    "v2.0": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+}
+
+COMPAT = "compat"  # ours: whose defaults and formulas a file follows
+KNOWN: frozenset[str] = frozenset(TRANSLATED) | frozenset(REPORTED) | frozenset(REFUSED) | {COMPAT}

@@ -1,0 +1,332 @@
+"""Values of GPT-NeoX -> values of ours: one small function for each of our keys that is not a mere renaming.
+
+Formulas are those of GPT-NeoX v2.0 and main, as `compat` says. Where they crash or make no
+sense they are mended; where they are merely odd they are kept, so that curves come out the
+same. Each rule lists the keys it reads, so that its result can say where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from castalia.config.gptneox_given import Given, Rule, near
+from castalia.config.gptneox_model import MODEL_RULES, attention
+
+# Theirs -> ours, the value as it is.
+RENAMED: dict[str, str] = {
+    "num_kv_heads": "model.num_kv_heads",
+    "max_position_embeddings": "model.max_position_embeddings",
+    "padded_vocab_size": "model.vocab_size",
+    "rotary_pct": "model.rotary_fraction",
+    "rotary_emb_base": "model.rotary_base",
+    "init_method_std": "model.init_std",
+    "use_bias_in_attn_linear": "model.attention_bias",
+    "use_bias_in_mlp": "model.mlp_bias",
+    "gradient_clipping": "optimizer.clip_grad",
+    "min_lr": "schedule.min_lr",
+    "warmup": "schedule.warmup",
+    "exit_interval": "training.exit_interval",
+    "seed": "training.seed",
+    "data_path": "data.path",
+    "train_data_paths": "data.train_paths",
+    "valid_data_paths": "data.valid_paths",
+    "test_data_paths": "data.test_paths",
+    "train_data_weights": "data.train_weights",
+    "valid_data_weights": "data.valid_weights",
+    "test_data_weights": "data.test_weights",
+    "eod_mask_loss": "data.mask_loss_at_eod",
+    "save": "output",
+    "keep_last_n_checkpoints": "checkpoint.keep_last",
+    "log_interval": "logging.interval",
+}
+REQUIRED: dict[str, str] = {
+    "num_layers": "model.num_layers",
+    "hidden_size": "model.hidden_size",
+    "num_attention_heads": "model.num_attention_heads",
+    "seq_length": "data.seq_length",
+    "train_iters": "training.steps",
+}
+
+
+# Optimizer and schedule.
+
+_ADAMS = {"adam": "adamw", "adamw": "adamw", "cpu_adam": "adamw", "cpu_torch_adam": "adamw"}
+_ADAM_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}
+# What FusedAdam takes beside, and the values that describe AdamW.
+_ADAM_HARMLESS: dict[str, Any] = {
+    "bias_correction": True,
+    "adam_w_mode": True,
+    "adamw_mode": True,
+    "amsgrad": False,
+}
+
+
+def optimizer_type(given: Given) -> str:
+    """GPT-NeoX's Adam has decoupled decay, so it is AdamW."""
+    block = given["optimizer"]
+    if block is None:
+        given.remarks.append(
+            "optimizer: no file gives it; Adam with its defaults is taken, where GPT-NeoX stops"
+        )
+        return "adamw"
+    kind, params = block.get("type"), block.get("params") or {}
+    if not isinstance(kind, str) or not isinstance(params, dict):
+        given.fail("optimizer", "needs a 'type' (a word) and 'params' (a mapping)")
+    unknown = [key for key in block if key not in ("type", "params")]
+    if unknown:
+        given.fail("optimizer", f"has '{unknown[0]}', but it holds only 'type' and 'params'")
+    if kind.lower() not in _ADAMS:
+        given.unsupported("optimizer", f"the optimizer '{kind}'", "use Adam")
+    for key, value in params.items():
+        if key in _ADAM_HARMLESS and value != _ADAM_HARMLESS[key]:
+            given.fail("optimizer", f"has {key} {value}, which is not implemented yet: remove it")
+        if key not in (*_ADAM_DEFAULTS, *_ADAM_HARMLESS, "weight_decay"):
+            given.fail("optimizer", f"has the unknown parameter '{key}' for Adam{near(key, _ADAM_DEFAULTS)}")
+    return "adamw"
+
+
+def _adam(key: str) -> Callable[[Given], Any]:
+    def value(given: Given) -> Any:
+        found = ((given["optimizer"] or {}).get("params") or {}).get(key)
+        return _ADAM_DEFAULTS[key] if found is None else found
+
+    return value
+
+
+def weight_decay(given: Given) -> Any:
+    """The top-level key; GPT-NeoX crashes on one among the optimizer's parameters, here it counts."""
+    inner = ((given["optimizer"] or {}).get("params") or {}).get("weight_decay")
+    if inner is None:
+        return given["weight_decay"]
+    if "weight_decay" in given and given["weight_decay"] != inner:
+        given.fail("weight_decay", f"is {given['weight_decay']}, but optimizer.params says {inner}: keep one")
+    return inner
+
+
+def decay_steps(given: Given) -> int | None:
+    """The horizon of the schedule; lr_decay_iters counts before lr_decay_fraction, as in the code."""
+    if "lr_decay_iters" in given:
+        return given.positive("lr_decay_iters")
+    if "lr_decay_fraction" in given:
+        return max(1, int(given.required("train_iters") * given["lr_decay_fraction"]))
+    return None
+
+
+# Batch and precision.
+
+
+def batch(given: Given) -> tuple[int, int]:
+    """(sequences per step over all devices, sequences per forward pass and device).
+
+    GPT-NeoX takes gradient_accumulation_steps as 1 where it is not given, and then stops over
+    a batch that needs more; here it is derived.
+    """
+    total, micro, steps = (
+        given.positive(key)
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    devices = data_parallel(given)
+    if micro is None:
+        if total is None:
+            given.required("train_micro_batch_size_per_gpu")
+        micro = (total or 0) // devices // (steps or 1)
+    elif total is None:
+        total = micro * (steps or 1) * devices
+    if steps is None and micro:
+        steps = (total or 0) // micro // devices
+    if total is None or not micro or total != micro * (steps or 0) * devices:
+        given.fail(
+            "train_batch_size" if "train_batch_size" in given else "train_micro_batch_size_per_gpu",
+            f"does not fit: a step of {total} sequences is not train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {steps} x {devices} devices",
+        )
+    return total, micro
+
+
+def data_parallel(given: Given) -> int:
+    """Devices that share a batch; GPT-NeoX counts them where it runs, unless the configuration says."""
+    key = "global_num_gpus" if "global_num_gpus" in given else "world_size"
+    devices = given.positive(key)
+    if devices is None:
+        text = "global_num_gpus: not given, so the batch is reckoned for one device; more devices made it larger there"
+        if "train_batch_size" not in given and text not in given.remarks:
+            given.remarks.append(text)
+        return 1
+    parallel = 1
+    for split in ("pipe_parallel_size", "model_parallel_size"):
+        parallel *= max(given.values.get(split) or 1, 1)
+    if devices % parallel:
+        given.fail(key, f"({devices}) does not divide by the {parallel} devices that share one model")
+    return devices // parallel
+
+
+_FP16 = "give fp16=null and precision=bfloat16 or precision=fp32 as overrides"
+
+
+def precision(given: Given) -> str:
+    """fp32 or bf16, by the rules of v2.0 or of main; fp16 is refused."""
+    if given.compat == "v2.0":
+        return _precision_v2(given)
+    said = given["precision"]
+    kind = (
+        "fp32"
+        if said is None
+        else given.choose("precision", {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"})
+    )
+    for block, meant in (("fp16", "fp16"), ("bf16", "bf16")):
+        if (given[block] or {}).get("enabled"):
+            if said is not None and kind != meant:
+                given.fail("precision", f"is {said}, but {block} is enabled: keep one")
+            kind = meant
+            if block == "fp16":
+                break
+    if kind == "fp16":
+        given.unsupported("fp16" if "fp16" in given else "precision", "training in fp16", _FP16)
+    return kind
+
+
+def _precision_v2(given: Given) -> str:
+    """v2.0: fp16.type or precision bfloat16, else fp16.enabled, else fp32, even for `precision: fp16` alone."""
+    block = given["fp16"] or {}
+    if block.get("type", given["precision"]) == "bfloat16":
+        return "bf16"
+    if block.get("enabled"):
+        given.unsupported("fp16", "training in fp16", _FP16)
+    if given["precision"] == "fp16":
+        given.remarks.append("precision: fp16 without an fp16 block means fp32 in v2.0, so it does here")
+    return "fp32"
+
+
+# Data, checkpoints, evaluation, logging.
+
+
+def data_split(given: Given) -> str | None:
+    """The shares, where one data set is split."""
+    return str(given["split"]) if "split" in given or "data_path" in given else None
+
+
+def tokenizer_path(given: Given) -> str | None:
+    """A tokenizers JSON file; what other types read is refused, or reported where it is only a default."""
+    kind, file = str(given["tokenizer_type"]).lower(), given["vocab_file"]
+    if kind in ("hftokenizer", "hfgpt2tokenizer"):
+        return None if file is None else str(file)
+    if kind == "gpt2bpetokenizer":
+        if file is not None:
+            given.remarks.append(
+                "vocab_file: GPT2BPETokenizer's vocabulary and merges are not read; make one tokenizer.json of them and "
+                "name it as tokenizer.path, unless one is kept beside the data"
+            )
+        return None
+    given.unsupported("tokenizer_type", "another kind of tokenizer", "use HFTokenizer, with a tokenizer.json")
+
+
+def merge_file(given: Given) -> None:
+    """Of no use without GPT2BPETokenizer's vocabulary."""
+    if "merge_file" in given:
+        given.remarks.append("merge_file: a tokenizer.json holds its own merges")
+
+
+def load_from(given: Given) -> None:
+    """GPT-NeoX resumes from `load`; here a run always goes on from its own folder."""
+    if "load" in given and given["load"] != given["save"]:
+        given.unsupported(
+            "load", "starting from the checkpoint of another run", "remove it, or make it equal to 'save'"
+        )
+
+
+def checkpoint_interval(given: Given) -> int | None:
+    """Steps between checkpoints on the linear scale."""
+    factor = given["checkpoint_factor"]
+    if _scale(given) == "log" or factor is None:
+        return None
+    if factor != int(factor) or factor < 1:
+        given.fail("checkpoint_factor", f"must be a whole number from 1 on, got {factor}")
+    return int(factor)
+
+
+def extra_steps(given: Given) -> list[Any]:
+    """Further steps, and those of the logarithmic scale: powers of the factor, from 1 (v2.0: from the factor) on."""
+    extra: list[Any] = list(given["extra_save_iters"] or [])
+    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in extra):
+        given.fail("extra_save_iters", "must be a list of steps, whole numbers from 0 on")
+    factor = given["checkpoint_factor"]
+    if _scale(given) == "linear" or factor is None:
+        return extra
+    if factor < 1.01:
+        given.fail("checkpoint_factor", f"is {factor}, but on the log scale it must be above 1")
+    steps, power = given.required("train_iters"), 1.0 if given.compat == "main" else float(factor)
+    while power < steps:
+        extra.append(int(power))
+        power *= factor
+    return sorted(set(extra))
+
+
+def _scale(given: Given) -> str:
+    return given.choose("checkpoint_scale", {"linear": "linear", "log": "log"})
+
+
+def evaluates(given: Given) -> bool:
+    """Whether anything is evaluated; GPT-NeoX's eval_iters 0 means never."""
+    return int(given["eval_iters"]) > 0
+
+
+def evaluation_interval(given: Given) -> int | None:
+    """Steps between validations."""
+    if given.values.get("eval_interval", 0) is None:
+        return None
+    interval = given["eval_interval"]
+    return interval if evaluates(given) and interval > 0 else None
+
+
+def peak_flops(given: Given) -> float | None:
+    """FLOP/s from their TFLOP/s."""
+    peak = given["peak_theoretical_tflops"]
+    return None if peak is None else peak * 1e12
+
+
+_BATCH = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "global_num_gpus",
+    "world_size",
+)
+
+RULES: tuple[Rule, ...] = (
+    *MODEL_RULES,
+    Rule("optimizer.type", ("optimizer",), optimizer_type),
+    Rule("optimizer.lr", ("optimizer",), _adam("lr")),
+    Rule("optimizer.betas", ("optimizer",), _adam("betas")),
+    Rule("optimizer.eps", ("optimizer",), _adam("eps")),
+    Rule("optimizer.weight_decay", ("weight_decay", "optimizer"), weight_decay),
+    Rule(
+        "schedule.type",
+        ("lr_decay_style",),
+        lambda g: g.choose("lr_decay_style", {n: n for n in ("constant", "linear", "cosine", "exponential")}),
+    ),
+    Rule("schedule.decay_steps", ("lr_decay_iters", "lr_decay_fraction"), decay_steps),
+    Rule("schedule.arithmetic", (), lambda g: f"gptneox_{g.compat}"),
+    Rule("training.batch_size", _BATCH, lambda g: batch(g)[0]),
+    Rule("training.micro_batch_size", _BATCH[1:] + _BATCH[:1], lambda g: batch(g)[1]),
+    Rule("training.precision", ("precision", "fp16", "bf16"), precision),
+    Rule("loss.normalisation", (), lambda g: "micro_batch_mean"),
+    Rule("data.split", ("split",), data_split),
+    Rule("tokenizer.path", ("vocab_file", "tokenizer_type"), tokenizer_path),
+    Rule("checkpoint.interval", ("checkpoint_factor", "checkpoint_scale"), checkpoint_interval),
+    Rule("checkpoint.extra_steps", ("extra_save_iters", "checkpoint_factor"), extra_steps),
+    Rule("evaluation.interval", ("eval_interval", "eval_iters"), evaluation_interval),
+    Rule("evaluation.batches", ("eval_iters",), lambda g: g["eval_iters"] if evaluates(g) else None),
+    Rule("evaluation.at_end", ("eval_iters",), evaluates),
+    Rule("evaluation.test_at_end", ("eval_iters",), evaluates),
+    Rule("evaluation.continuing", (), lambda g: True),
+    Rule("performance.peak_flops", ("peak_theoretical_tflops",), peak_flops),
+)
+# What is only checked: their keys, and the check.
+CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (
+    (("attention_config", "sliding_window_width"), attention),
+    (("merge_file",), merge_file),
+    (("load",), load_from),
+)
+# Keys of ours that keep their null where theirs say nothing: null means something other than our default.
+NULL_COUNTS = frozenset({"checkpoint.interval", "evaluation.interval"})
