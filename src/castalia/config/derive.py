@@ -32,7 +32,7 @@ class _Derivation:
         self._config = config
 
     def fill(self, key: str, value: Any, how: str) -> None:
-        """Fill `key` if the configuration leaves it open; `how` says in words and numbers where it comes from."""
+        """Fill `key` if the configuration leaves it open; `how` says in words and numbers how it follows."""
         section, name = key.split(".")
         if getattr(getattr(self._config, section), name) is None:
             self.values[key] = value
@@ -81,8 +81,8 @@ def _training(config: Config, out: _Derivation) -> None:
         out.fill(
             "training.steps",
             steps,
-            f"training.tokens {tokens:,} / ({training.batch_size} sequences x {config.data.seq_length} tokens "
-            f"= {per_step:,} a step), rounded up",
+            f"training.tokens {tokens:,} / ({training.batch_size} sequences "
+            f"x {config.data.seq_length} tokens = {per_step:,} a step), rounded up",
         )
     out.fill(
         "training.micro_batch_size", training.batch_size, "the whole batch of training.batch_size at once"
@@ -128,9 +128,10 @@ def _vocabulary(config: Config, ids: int | None, out: _Derivation) -> None:
         raise UserError("the tokenizer has no ids: name another in tokenizer.path")
     if model.vocab_size is not None and ids > model.vocab_size:
         at = config._origins.get("model.vocab_size")
+        least = padded_vocab_size(ids, model.vocab_multiple)
         raise UserError(
-            f"{f'{at}: ' if at else ''}the tokenizer has {ids} ids, more than model.vocab_size {model.vocab_size}: "
-            f"raise model.vocab_size to at least {padded_vocab_size(ids, model.vocab_multiple)}, or leave it out"
+            f"{f'{at}: ' if at else ''}the tokenizer has {ids} ids, more than model.vocab_size "
+            f"{model.vocab_size}: raise model.vocab_size to at least {least}, or leave it out"
         )
     out.fill(
         "model.vocab_size",

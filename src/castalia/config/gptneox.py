@@ -70,7 +70,7 @@ def is_gptneox(document: Document) -> bool:
 
 
 def flatten(document: Document) -> Iterator[tuple[Path_, Any, Origin]]:
-    """Key path (one word, underscored), value and origin of each top-level key; raises UserError for a repeated key."""
+    """Key path (one underscored word), value and origin of each key; raises UserError for a repeated one."""
     seen: dict[str, Origin] = {}
     for raw, value in document.values.items():
         key, here = normalise(raw), document.origin(raw)

@@ -83,7 +83,7 @@ class Given:
         return self[key]
 
     def choose(self, key: str, choices: dict[str, str], instead: str | None = None) -> str:
-        """Our word for their word, compared without case as GPT-NeoX does; a word of theirs that we lack is refused."""
+        """Our word for theirs, compared without case as GPT-NeoX does; a word that we lack is refused."""
         word = str(self[key])
         if word.lower() in choices:
             return choices[word.lower()]

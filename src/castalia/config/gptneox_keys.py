@@ -30,7 +30,14 @@ class Translated:
 
 @dataclass(frozen=True)
 class Refused:
-    """A key that asks for something missing, unless its value is one of `harmless` (or, of a block, not enabled)."""
+    """A key that asks for something missing.
+
+    Attributes:
+        what: what it asks for.
+        harmless: values that ask for nothing.
+        block: it is a mapping, which asks for nothing unless `enabled`.
+        passed_on: it is a mapping of further keys, which asks for nothing if all of them are REPORTED.
+    """
 
     what: str
     harmless: tuple[Any, ...] = ()
@@ -46,7 +53,7 @@ class Refused:
         return f"remove it, or set it to {' or '.join(values)}" if values else "remove it"
 
     def asks(self, value: Any) -> bool:
-        """Whether this value asks for what is missing; null never does, nor settings of REPORTED that are passed on."""
+        """Whether this value asks for what is missing; null never does."""
         if self.passed_on and isinstance(value, dict):
             return not value.keys() <= REPORTED.keys()
         if self.block:
@@ -153,8 +160,8 @@ _REPORTED = {
     "used only by sparse attention": "sparsity_config sparse_attention",
     "used only by aMLP blocks": "gmlp_attn_dim",
     "used only by Mamba layers": """
-        mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion mamba_selective_fp32_params
-        mamba_use_bias_in_conv mamba_use_bias_in_linears""",
+        mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
+        mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears""",
     "used only by RWKV layers": "dim_att head_size ffn_dim",
     "used only by mixtures of experts": """
         moe_expert_interval moe_top_k moe_router_type moe_lbl_in_fp32 moe_jitter_eps""",
@@ -162,9 +169,10 @@ _REPORTED = {
         base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult mup_rp_embedding_mult
         mup_width_scale""",
     "used only by preference training": """
-        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
-        fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out precompute_model_name""",
-    "used only by online reinforcement learning": "weight_server_port online_dataserver_ips online_dataserver_ports",
+        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight
+        z_loss kto_beta fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out precompute_model_name""",
+    "used only by online reinforcement learning": """
+        weight_server_port online_dataserver_ips online_dataserver_ports""",
     "used only with weight_by_num_documents": "weighted_sampler_alpha",
     "has no effect in GPT-NeoX either": """
         num_unique_layers param_sharing_style use_bias_in_norms short_seq_prob adlr_autoresume
@@ -172,11 +180,13 @@ _REPORTED = {
         loss_scale loss_scale_window min_scale deepspeed_activation_checkpointing""",
     "derived by GPT-NeoX from other keys": """
         is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter zero_contiguous_gradients
-        zero_reduce_bucket_size zero_allgather_bucket_size lr local_rank rank do_train do_valid do_test save_iters
-        batch_size gas clip_grad dynamic_loss_scale config_files git_hash curriculum_seqlen""",
+        zero_reduce_bucket_size zero_allgather_bucket_size lr local_rank rank do_train do_valid
+        do_test save_iters batch_size gas clip_grad dynamic_loss_scale config_files git_hash
+        curriculum_seqlen""",
     "an object or a counter of the running program, not a setting": """
         tensorboard_writer comet_experiment tokenizer user_script iteration""",
-    "how weights and moments are spread over devices changes no value": "zero_optimization zero_allow_untested_optimizer",
+    "how weights and moments are spread over devices changes no value": """
+        zero_optimization zero_allow_untested_optimizer""",
     "matters only where layers are spread over pipeline stages": "pipe_partition_method",
     "matters only where matrices are spread over devices": "sequence_parallel output_layer_parallelism",
     "gradients are summed in fp32": """
@@ -185,7 +195,8 @@ _REPORTED = {
     "recomputing activations saves memory and changes no value": """
         checkpoint_activations checkpoint_num_layers contiguous_checkpointing checkpoint_in_cpu
         synchronize_each_layer profile_backward partition_activations activation_checkpointing""",
-    "DeepSpeed is not used": "deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint",
+    "DeepSpeed is not used": """
+        deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint""",
     "launching is not the configuration's business": """
         hostfile include exclude num_nodes num_gpus master_port master_addr launcher force_multi no_ssh_check
         comment account detect_nvlink_pairs distributed_backend deepspeed_mpi deepspeed_slurm""",
@@ -215,10 +226,11 @@ _REPORTED = {
 }
 REPORTED: dict[str, str] = {key: why for why, keys in _REPORTED.items() for key in keys.split()}
 
-_PAIRS = [
+_SPLITS = ("train", "valid", "test")
+_SPECIAL_DATA = [f"{split}_{kind}_data_paths" for split in _SPLITS for kind in ("label", "reward")] + [
     f"{sign}_{split}{label}_data_paths"
     for sign in ("pos", "neg")
-    for split in ("train", "valid", "test")
+    for split in _SPLITS
     for label in ("", "_label")
 ]
 REFUSED: dict[str, Refused] = {
@@ -252,13 +264,7 @@ REFUSED: dict[str, Refused] = {
     "finetune": Refused("starting from the weights of another run", (False,)),
     "no_load_optim": Refused("running without an optimizer", (False,)),
     "s3_path": Refused("checkpoints on S3"),
-} | {
-    key: Refused("data sets of labels, rewards or pairs", ([],))
-    for key in [
-        f"{split}_{kind}_data_paths" for split in ("train", "valid", "test") for kind in ("label", "reward")
-    ]
-    + _PAIRS
-}
+} | {key: Refused("data sets of labels, rewards or pairs", ([],)) for key in _SPECIAL_DATA}
 # Defaults that ask for something; v2.0 has dropout unless told otherwise.
 REFUSED_DEFAULTS: dict[str, dict[str, Any]] = {
     "main": {},

@@ -6,6 +6,7 @@ from typing import Any
 
 from castalia.config.gptneox_given import Given, Rule
 
+_WIDTH = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size")
 _NORMS = {
     "layernorm": "layernorm",
     "te_layernorm": "layernorm",
@@ -63,14 +64,10 @@ def intermediate_size(given: Given) -> int:
     rows, columns = mlp_widths(width, given.positive("mlp_multiple_of") or 1, gated)
     expected = 2 * columns if gated else columns
     if rows != expected or columns < 1:
-        key = next(
-            (k for k in ("intermediate_size", "expansion_factor", "mlp_multiple_of") if k in given),
-            "hidden_size",
-        )
         given.fail(
-            key,
-            f"gives an MLP whose matrices do not fit: {rows} rows in the first, where the {columns} columns of the "
-            f"second need {expected}; change intermediate_size or mlp_multiple_of",
+            next((key for key in _WIDTH[:-1] if key in given), "hidden_size"),
+            f"gives an MLP whose matrices do not fit: {rows} rows in the first, where the {columns} columns "
+            f"of the second need {expected}; change intermediate_size or mlp_multiple_of",
         )
     if (
         gated
@@ -86,7 +83,7 @@ def intermediate_size(given: Given) -> int:
 
 
 def mlp_widths(width: int, multiple: int, gated: bool) -> tuple[int, int]:
-    """main's rows of the first MLP matrix and columns of the second (gate and value together are the rows)."""
+    """main's rows of the first MLP matrix (value and gate together) and columns of the second."""
     rows = int(width * 2 / 3) if gated else width
     columns = rows // 2 if gated else width
     return 2 * multiple * -(-rows // (2 * multiple)), multiple * -(-columns // multiple)
@@ -98,13 +95,13 @@ def residual(given: Given) -> str:
         given.unsupported("gpt_j_tied", "one norm for both branches", "leave it false")
     if given["gpt_j_residual"] and not given["use_bias_in_mlp"]:
         given.remarks.append(
-            "use_bias_in_mlp: with gpt_j_residual, GPT-NeoX loses the attention branch here; this run keeps it"
+            "use_bias_in_mlp: false with gpt_j_residual loses the attention in GPT-NeoX; this run keeps it"
         )
     return "parallel" if given["gpt_j_residual"] else "sequential"
 
 
 def attention(given: Given) -> None:
-    """Only full causal attention is known: every layer must be global, or flash, which is the same function."""
+    """Check that every layer is global, or flash, which is the same function: full causal attention."""
     layers = given.required("num_layers")
     kinds = expand_attention(given, layers)
     other = sorted({kind for kind in kinds if kind not in ("global", "flash")})
@@ -136,7 +133,7 @@ def expand_attention(given: Given, layers: int) -> list[str]:
             if layers % len(pattern):
                 given.fail(
                     "attention_config",
-                    f"repeats {len(pattern)} kinds over {layers} layers, which is no whole number",
+                    f"repeats {len(pattern)} kinds over {layers} layers, which leaves a rest",
                 )
             kinds = pattern * (layers // len(pattern))
             break
@@ -162,7 +159,6 @@ def vocab_multiple(given: Given) -> int | None:
     return None if multiple is None else multiple * max(parallel, 1)
 
 
-_WIDTH = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size")
 MODEL_RULES: tuple[Rule, ...] = (
     Rule("model.norm", ("norm",), norm),
     Rule("model.norm_epsilon", ("layernorm_epsilon", "rms_norm_epsilon", "norm"), norm_epsilon),

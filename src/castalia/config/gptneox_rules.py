@@ -66,9 +66,7 @@ def optimizer_type(given: Given) -> str:
     """GPT-NeoX's Adam has decoupled decay, so it is AdamW."""
     block = given["optimizer"]
     if block is None:
-        given.remarks.append(
-            "optimizer: no file gives it; Adam with its defaults is taken, where GPT-NeoX stops"
-        )
+        given.remarks.append("optimizer: not given; Adam with its defaults is taken, where GPT-NeoX stops")
         return "adamw"
     kind, params = block.get("type"), block.get("params") or {}
     if not isinstance(kind, str) or not isinstance(params, dict):
@@ -149,7 +147,7 @@ def data_parallel(given: Given) -> int:
     key = "global_num_gpus" if "global_num_gpus" in given else "world_size"
     devices = given.positive(key)
     if devices is None:
-        text = "global_num_gpus: not given, so the batch is reckoned for one device; more devices made it larger there"
+        text = "global_num_gpus: not given, so the batch is that of one device; more made it larger there"
         if "train_batch_size" not in given and text not in given.remarks:
             given.remarks.append(text)
         return 1
@@ -187,7 +185,7 @@ def precision(given: Given) -> str:
 
 
 def _precision_v2(given: Given) -> str:
-    """v2.0: fp16.type or precision bfloat16, else fp16.enabled, else fp32, even for `precision: fp16` alone."""
+    """v2.0: fp16.type or precision bfloat16, else fp16.enabled, else fp32 (even `precision: fp16` alone)."""
     block = given["fp16"] or {}
     if block.get("type", given["precision"]) == "bfloat16":
         return "bf16"
@@ -214,8 +212,8 @@ def tokenizer_path(given: Given) -> str | None:
     if kind == "gpt2bpetokenizer":
         if file is not None:
             given.remarks.append(
-                "vocab_file: GPT2BPETokenizer's vocabulary and merges are not read; make one tokenizer.json of them and "
-                "name it as tokenizer.path, unless one is kept beside the data"
+                "vocab_file: GPT2BPETokenizer's vocabulary and merges are not read; make one tokenizer.json "
+                "of them and name it as tokenizer.path, unless one is kept beside the data"
             )
         return None
     given.unsupported("tokenizer_type", "another kind of tokenizer", "use HFTokenizer, with a tokenizer.json")
@@ -246,7 +244,7 @@ def checkpoint_interval(given: Given) -> int | None:
 
 
 def extra_steps(given: Given) -> list[Any]:
-    """Further steps, and those of the logarithmic scale: powers of the factor, from 1 (v2.0: from the factor) on."""
+    """Further steps, and those of the log scale: powers of the factor, from 1 (v2.0: from the factor) on."""
     extra: list[Any] = list(given["extra_save_iters"] or [])
     if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in extra):
         given.fail("extra_save_iters", "must be a list of steps, whole numbers from 0 on")

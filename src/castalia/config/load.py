@@ -230,7 +230,8 @@ def _merge(tree: Tree, document: Document) -> None:
         key = ".".join(path)
         if key in tree.values:
             raise UserError(
-                f"{here}: '{key}' was given already at {tree.origins[key]}: remove one, or name the first file as `base:`"
+                f"{here}: '{key}' was given already at {tree.origins[key]}: "
+                "remove one, or name the first file as `base:`"
             )
         tree.values[key], tree.origins[key] = value, here
 

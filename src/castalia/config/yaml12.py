@@ -106,7 +106,7 @@ def parse_yaml(text: str, path: str) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """The value of a command-line override: one YAML scalar, list or mapping; text that is not YAML is itself."""
+    """The value of an override: one YAML scalar, list or mapping; text that is not YAML is itself."""
     try:
         node = _compose(text, "command line")
     except UserError:
