@@ -197,9 +197,9 @@ def chart(
     xs = [x for _, segments in drawn for seg_x, _ in segments for x in (seg_x[0], seg_x[-1])]
     ys = [y for _, segments in drawn for _, seg_y in segments for y in seg_y]
     x_low, x_high = min(xs), max(xs)
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-    elif 0 < x_low < 0.25 * x_high:
+    if x_low == x_high <= 0:
+        x_high = x_low + 1
+    elif 0 < x_low < 0.25 * x_high or x_low == x_high:
         x_low = 0.0  # the run began at 0, if its first record did not
     y_low, y_high = _y_range(ys, log_y, zero)
     left, right = MARGIN["left"], width - MARGIN["right"]
