@@ -20,7 +20,7 @@ HEAVY = ("torch", "numpy", "transformers", "pydantic", "tokenizers")
 
 
 def heavy_modules(code: str, heavy: tuple[str, ...] = HEAVY) -> set[str]:
-    """Those of `heavy` that are loaded after `code` ran in a fresh interpreter; it may end with SystemExit."""
+    """Those of `heavy` that are loaded after `code` ran in a fresh interpreter; SystemExit is no error."""
     program = (
         "import sys\n"
         f"try:\n    exec({code!r})\n"

@@ -1,4 +1,4 @@
-"""What every file keeps to: a length that can be read, an opening that explains it, no place of one machine."""
+"""What every file keeps to: a length to read, an opening that explains it, no path of one machine."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import pytest
 LAYER_1 = ("config",)
 LAYER_2 = ("config", "data", "model", "optim")
 LAYER_3 = (*LAYER_2, "parallel", "checkpoint", "convert", "generate")
-# room -> what it may use: rooms, or single modules of them. `castalia` itself and `castalia.errors` are for all.
+# room -> what it may use: rooms, or single modules of them. `castalia.errors` is for all.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "config": (),
     "data": LAYER_1,
@@ -130,7 +130,12 @@ def _rooms_used(path: str, text: str) -> Iterator[tuple[Reference, str]]:
     """The references that lead into another room, with that room."""
     for reference in references(path, text):
         parts = reference.name.split(".")
-        if parts[0] == "castalia" and len(parts) > 1 and parts[1] != "errors" and not parts[1].startswith("__"):
+        if (
+            parts[0] == "castalia"
+            and len(parts) > 1
+            and parts[1] != "errors"
+            and not parts[1].startswith("__")
+        ):
             # castalia.train and castalia.load are functions of the Python interface, and castalia.train
             # a room as well: a lower room may use neither.
             room = parts[1]
@@ -284,7 +289,10 @@ def test_a_wrong_import_is_seen(path, text):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("castalia/model/a.py", "from castalia.config import ModelConfig\nfrom castalia.errors import UserError"),
+        (
+            "castalia/model/a.py",
+            "from castalia.config import ModelConfig\nfrom castalia.errors import UserError",
+        ),
         ("castalia/model/a.py", "from castalia import __version__\nfrom .layers import Norm"),
         ("castalia/generate/a.py", "from castalia.data.tokenizer import load_tokenizer"),
         ("castalia/cli/a.py", "def run():\n    from castalia.tools.report import write_report"),
