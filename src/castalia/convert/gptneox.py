@@ -1,0 +1,225 @@
+"""A GPT-NeoX checkpoint, as DeepSpeed wrote it -> our weights and Adam's moments by canonical name.
+
+    sequential layout   mp_rank_RR_model_states.pt         every layer, keys `sequential.I.NAME`
+    pipeline layout     layer_II-model_RR-model_states.pt  one layer, bare keys   (+ mp_rank_*: the rest)
+
+The layout is found from the files that are there, since releases differ in which they write. The
+weights are read as they are; optimizer states only where DeepSpeed keeps plain torch ones (no ZeRO).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castalia.config import ModelConfig
+from castalia.convert.gptneox_table import NeoXRow, merge_shards, naming_of, table
+from castalia.convert.safe_pickle import load_pt
+from castalia.convert.table import check_names, to_ours
+from castalia.errors import UserError
+
+# Buffers that follow from the configuration, and Transformer Engine's bookkeeping.
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\._extra_state$")
+
+
+@dataclass(frozen=True)
+class GPTNeoXState:
+    """What a GPT-NeoX checkpoint holds that matters here.
+
+    Attributes:
+        weights: fp32, by canonical name.
+        optimizer: canonical name -> exp_avg, exp_avg_sq (fp32, shaped like the weight) and step; None if
+            the checkpoint has no plain Adam state (before the first step, ZeRO, another optimizer).
+        iteration: optimizer steps done.
+        args: what GPT-NeoX noted of its settings (num_layers, hidden_size, ...).
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]] | None
+    iteration: int
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def load_gptneox_checkpoint(path: Path, model: ModelConfig, step: int | None = None) -> GPTNeoXState:
+    """Read a GPT-NeoX checkpoint, of any tensor-parallel size, in either layout.
+
+    Args:
+        path: a run's `save` folder (then `latest` or `step` chooses), one `global_stepN` folder, or the one
+            file of a checkpoint without parallelism.
+        model: what was trained, for example translated from the run's configuration.
+        step: which global_step of a `save` folder.
+
+    Raises:
+        UserError: nothing there, tensors that do not fit the model, files that could run code.
+    """
+    path = Path(path)
+    folder = path if path.is_file() else _step_folder(path, step)
+    heads = [path] if path.is_file() else _files(folder, r"mp_rank_(\d+)_model_states\.pt")
+    if not heads:
+        raise UserError(
+            f"{folder}: holds no mp_rank_*_model_states.pt: give the folder global_stepN of a checkpoint"
+        )
+    loaded = [_mapping(load_pt(file), file) for file in heads]
+    args = dict(loaded[0].get("args") or {})
+    _check_args(args, model, folder)
+    modules = _rank_modules(folder, heads, loaded)
+    naming = naming_of(modules[0])
+    rows = table(model, naming)
+    whole = _merge(rows, modules, model, str(folder))
+    weights = {n: t.to(torch.float32, copy=True) for n, t in to_ours(rows, whole, str(folder)).items()}
+    iteration = loaded[0].get("iteration", loaded[0].get("total_iters", loaded[0].get("global_steps", 0)))
+    return GPTNeoXState(weights, _optimizer(rows, modules, loaded, model, folder), int(iteration), args)
+
+
+def _step_folder(path: Path, step: int | None) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such file or folder: check the path")
+    if step is not None:
+        folder = path / f"global_step{step}"
+    elif (path / "latest").is_file():
+        folder = path / Path((path / "latest").read_text(encoding="utf-8").strip()).name
+    else:
+        return path
+    if not folder.is_dir():
+        there = ", ".join(sorted(p.name for p in path.glob("global_step*"))) or "none"
+        raise UserError(f"{path}: there is no {folder.name}: choose one of those there ({there})")
+    return folder
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by the numbers in their names."""
+    found = [
+        (tuple(map(int, m.groups())), p) for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))
+    ]
+    return [file for _, file in sorted(found)]
+
+
+def _mapping(content: Any, file: Path) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{file}: is no part of a GPT-NeoX checkpoint (a {type(content).__name__}): check the path"
+        )
+    return content
+
+
+def _rank_modules(
+    folder: Path, heads: list[Path], loaded: list[Mapping[str, Any]]
+) -> list[dict[str, Tensor]]:
+    """Each tensor-parallel rank's tensors by `I.NAME`, whichever the layout."""
+    layers = [] if folder.is_file() else _files(folder, r"layer_(\d+)-model_(\d+)-model_states\.pt")
+    if layers:
+        numbers = [tuple(map(int, re.findall(r"\d+", f.name)[:2])) for f in layers]
+        modules: list[dict[str, Tensor]] = [{} for _ in range(1 + max(rank for _, rank in numbers))]
+        for (index, rank), file in zip(numbers, layers, strict=True):
+            content = _mapping(load_pt(file), file)
+            modules[rank] |= {f"{index}.{name}": tensor for name, tensor in content.items()}
+    else:
+        modules = []
+        for file, content in zip(heads, loaded, strict=True):
+            module = _mapping(content.get("module"), file)
+            modules.append({name.removeprefix("sequential."): tensor for name, tensor in module.items()})
+    return [{n: t for n, t in m.items() if not _IGNORED.search(n)} for m in modules]
+
+
+def _check_args(args: Mapping[str, Any], model: ModelConfig, folder: Path) -> None:
+    for key in ("num_layers", "hidden_size", "num_attention_heads"):
+        if key in args and args[key] != getattr(model, key):
+            raise UserError(
+                f"{folder}: was trained with {key} {args[key]}, but model.{key} is {getattr(model, key)}: "
+                "use the configuration that it was trained with"
+            )
+
+
+def _merge(
+    rows: Sequence[NeoXRow],
+    ranks: Sequence[Mapping[str, Tensor]],
+    model: ModelConfig,
+    what: str,
+    moment: bool = False,
+) -> dict[str, Tensor]:
+    for tensors in ranks:
+        check_names([name for row in rows for name in row.theirs], tensors, what)
+    parallel = model.residual == "parallel"
+    whole = {}
+    for row in rows:
+        for name in row.theirs:
+            shards = [tensors[name] for tensors in ranks]
+            whole[name] = merge_shards(row, shards, parallel, model.hidden_size, moment)
+    return whole
+
+
+def _optimizer(
+    rows: Sequence[NeoXRow],
+    modules: Sequence[dict[str, Tensor]],
+    loaded: Sequence[Mapping[str, Any]],
+    model: ModelConfig,
+    folder: Path,
+) -> dict[str, dict[str, Tensor]] | None:
+    """Adam's moments of each parameter, if they are all here."""
+    if len(loaded) != len(modules):  # several pipeline stages, each with an optimizer of its own
+        return None
+    states = []
+    for module, content in zip(modules, loaded, strict=True):
+        state = _optimizer_by_name(module, content.get("optimizer"), str(folder))
+        if state is None:
+            return None
+        states.append(state)
+    moments = {
+        key: to_ours(
+            rows,
+            _merge(
+                rows, [{n: s[key] for n, s in state.items()} for state in states], model, str(folder), True
+            ),
+            f"{folder} (optimizer)",
+        )
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    steps = {our: states[0][row.theirs[0]]["step"] for row in rows for our in row.ours}
+    return {
+        our: {key: tensors[our].to(torch.float32, copy=True) for key, tensors in moments.items()}
+        | {"step": torch.as_tensor(step, dtype=torch.float32).clone()}
+        for our, step in steps.items()
+    }
+
+
+def _optimizer_by_name(
+    module: Mapping[str, Tensor], optimizer: Any, what: str
+) -> dict[str, dict[str, Any]] | None:
+    """torch numbers an optimizer's parameters group by group; this finds the name behind each number.
+
+    GPT-NeoX walks its modules in order (as a state dict lists them) and deals their parameters into a group
+    with decay and one without: norms and whatever is named `bias`. Without any decay there is one group.
+    """
+    if not isinstance(optimizer, Mapping) or not optimizer.get("state") or "param_groups" not in optimizer:
+        return None
+    decayed = [name for name in module if not _without_decay(name)]
+    others = [name for name in module if _without_decay(name)]
+    groups = [list(group["params"]) for group in optimizer["param_groups"]]
+    names = [list(module)] if len(groups) == 1 else [decayed, others]
+    if [len(g) for g in groups] != [len(n) for n in names]:
+        raise UserError(
+            f"{what}: the optimizer's parameters are not those of the model: import the weights alone"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for numbers, group in zip(groups, names, strict=True):
+        for number, name in zip(numbers, group, strict=True):
+            state = optimizer["state"].get(number, {})
+            if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
+                return None
+            if state["exp_avg"].shape != module[name].shape:
+                raise UserError(
+                    f"{what}: the optimizer's state {number} has shape {list(state['exp_avg'].shape)}, "
+                    f"but {name} has {list(module[name].shape)}: import the weights alone"
+                )
+            found[name] = state
+    return found
+
+
+def _without_decay(name: str) -> bool:
+    return name.endswith((".bias", ".scale")) or "norm.weight" in name

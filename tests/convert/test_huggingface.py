@@ -1,0 +1,192 @@
+"""Hugging Face's classes compute what ours do, and both directions agree bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from castalia.config import ModelConfig
+from castalia.convert import from_huggingface, huggingface_config, model_config_fields, to_huggingface
+from castalia.errors import UserError
+from castalia.model.transformer import build_model
+
+NEOX: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+    "rotary_fraction": 0.25,
+    "rotary_base": 1000.0,
+    "residual": "parallel",
+}
+LLAMA = NEOX | {
+    "norm": "rmsnorm",
+    "norm_epsilon": 1e-6,
+    "activation": "swiglu",
+    "residual": "sequential",
+    "rotary_fraction": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "intermediate_size": 48,
+}
+MODELS = {
+    "neox": NEOX,
+    "neox sequential": NEOX | {"residual": "sequential", "rotary_fraction": 1.0, "activation": "gelu_tanh"},
+    "neox tied": NEOX | {"tie_embeddings": True, "intermediate_size": 40},
+    "neox without attention biases": NEOX | {"attention_bias": False},
+    "llama": LLAMA,
+    "llama grouped": LLAMA | {"num_kv_heads": 2},
+    "llama one key head": LLAMA | {"num_kv_heads": 1, "activation": "geglu"},
+    "llama tied": LLAMA | {"tie_embeddings": True},
+    "llama biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 2},
+    "llama small heads": LLAMA | {"head_dim": 4, "num_kv_heads": 2},
+}
+
+
+def random_weights(model: ModelConfig) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: 0.3 * torch.randn(tensor.shape, generator=generator) + (1 if "norm.weight" in name else 0)
+        for name, tensor in build_model(model, 1).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
+def test_there_and_back(fields: dict[str, Any]) -> None:
+    model = ModelConfig(**fields)
+    weights = random_weights(model)
+    theirs = to_huggingface(weights, model)
+    back = from_huggingface(theirs, model)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
+    assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in weights.values())
+    again = ModelConfig(**model_config_fields(huggingface_config(model)))
+    for key in fields | {"norm": 0, "activation": 0, "position": 0}:
+        assert getattr(again, key) == getattr(model, key) or key in ("num_kv_heads", "head_dim"), key
+    assert (again.kv_heads, again.head_size, again.mlp_size) == (
+        model.kv_heads,
+        model.head_size,
+        model.mlp_size,
+    )
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
+def test_logits(tmp_path: Path, fields: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    cfg = ModelConfig(**fields)
+    weights = random_weights(cfg)
+    ours = build_model(cfg, 1)
+    ours.load_state_dict(weights)
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(cfg, eod=0)))
+    safetensors.save_file(to_huggingface(weights, cfg), tmp_path / "model.safetensors", {"format": "pt"})
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(theirs).__name__ == huggingface_config(cfg)["architectures"][0]
+    assert theirs.config.eos_token_id == 0
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        a, b = ours.logits(ours(tokens)), theirs.eval()(tokens).logits
+    torch.testing.assert_close(a.view_as(b), b, atol=2e-5, rtol=1e-5)
+    # What transformers holds (a tied output matrix included) and what it writes is read again.
+    theirs.save_pretrained(tmp_path / "again")
+    for state in (theirs.state_dict(), safetensors.load_file(tmp_path / "again" / "model.safetensors")):
+        back = from_huggingface(state, cfg)
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
+    read = ModelConfig(**model_config_fields(json.loads((tmp_path / "again" / "config.json").read_text())))
+    assert (read.rotary_dim, read.rotary_base, read.residual) == (
+        cfg.rotary_dim,
+        cfg.rotary_base,
+        cfg.residual,
+    )
+    assert (read.norm_epsilon, read.activation, read.kv_heads) == (
+        cfg.norm_epsilon,
+        cfg.activation,
+        cfg.kv_heads,
+    )
+    assert (read.attention_bias, read.mlp_bias) == (cfg.attention_bias, cfg.mlp_bias)
+
+
+@pytest.mark.parametrize("fields", [NEOX, LLAMA], ids=["neox", "llama"])
+def test_what_does_not_fit_is_refused(fields: dict[str, Any]) -> None:
+    model = ModelConfig(**fields)
+    theirs = to_huggingface(random_weights(model), model)
+    first = next(iter(theirs))
+    with pytest.raises(UserError, match=f"does not hold {first}"):
+        from_huggingface({n: t for n, t in theirs.items() if n != first}, model)
+    with pytest.raises(UserError, match=r"no place for: extra\.weight"):
+        from_huggingface(theirs | {"extra.weight": torch.ones(1)}, model)
+    with pytest.raises(UserError, match=r"does not hold .*layers\.2\."):
+        from_huggingface(theirs, ModelConfig(**(fields | {"num_layers": 3})))
+    weights = random_weights(model)
+    with pytest.raises(UserError, match=r"does not hold final_norm\.weight"):
+        to_huggingface({n: t for n, t in weights.items() if n != "final_norm.weight"}, model)
+
+
+def test_a_tied_head_that_differs_is_refused() -> None:
+    tied = ModelConfig(**MODELS["neox tied"])
+    theirs = to_huggingface(random_weights(tied), tied)
+    buffers = {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}
+    same = from_huggingface(
+        theirs | buffers | {"embed_out.weight": theirs["gpt_neox.embed_in.weight"].clone()}, tied
+    )
+    assert "head.weight" not in same
+    with pytest.raises(UserError, match="set model.tie_embeddings=false"):
+        from_huggingface(theirs | {"embed_out.weight": torch.zeros(64, 32)}, tied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"position": "none"},
+            "GPTNeoXForCausalLM needs model.position rotary; LlamaForCausalLM needs model.norm",
+        ),
+        ({"norm": "rmsnorm"}, "GPTNeoXForCausalLM needs model.norm layernorm"),
+        ({"mlp_bias": False}, "model.mlp_bias true"),
+        ({"num_kv_heads": 2}, "as many key/value heads"),
+        ({"activation": "mine:act"}, "model.activation one of gelu, gelu_tanh, relu, silu"),
+    ],
+)
+def test_models_they_have_no_class_for(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        huggingface_config(ModelConfig(**(NEOX | changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' cannot be imported: known are gpt_neox, llama"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "'llama3' cannot be imported"),
+        ({"hidden_act": "mish"}, "'mish' cannot be imported"),
+        ({"pretraining_tp": 2}, "only 1 is"),
+    ],
+)
+def test_configurations_we_have_nothing_for(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_config_fields(huggingface_config(ModelConfig(**LLAMA)) | changes)
+    with pytest.raises(UserError, match="has no vocab_size"):
+        model_config_fields(
+            {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 1}
+            | dict.fromkeys(("num_attention_heads", "intermediate_size"), 1)
+        )
+
+
+def test_an_older_config_is_read() -> None:
+    """As transformers 4 wrote it: rotary settings at the top level."""
+    old = huggingface_config(ModelConfig(**NEOX))
+    del old["rope_parameters"]
+    fields = model_config_fields(old)
+    assert (fields["rotary_base"], fields["rotary_fraction"]) == (1000.0, 0.25)
+    llama = huggingface_config(ModelConfig(**LLAMA))
+    del llama["rope_parameters"]
+    assert model_config_fields(llama)["rotary_base"] == 1000.0
+    with pytest.raises(UserError, match="an export needs it"):
+        huggingface_config(ModelConfig(**(NEOX | {"vocab_size": None})))
