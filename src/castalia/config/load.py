@@ -131,8 +131,12 @@ def check(tree: Tree) -> Config:
         near = nearest(key, known_keys() if "." in key else [*known_keys(), *sorted(_SECTIONS)])
         hint = f"; did you mean '{near}'?" if near else "; `castalia config show` lists the known keys"
         raise UserError(f"{tree.origins[key]}: unknown key '{key}'{hint}")
+    values = tree.nested()
+    if not tree.values.keys() & {"training.steps", "training.tokens"}:
+        # Either may be given, so neither has a default of its own; the run as a whole has one.
+        values.setdefault("training", {})["steps"] = Config().training.steps
     try:
-        config = Config.model_validate(tree.nested())
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_sentence(error, tree)) from None
     except OverflowError:
@@ -157,13 +161,21 @@ def known_keys() -> list[str]:
 
 
 def nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known key most like `key`: by its whole, else by its last word; None if nothing is near."""
-    close = difflib.get_close_matches(key, known, 1, 0.7)
+    """The known key that `key` was probably meant to be; None if nothing is near.
+
+    In this order: the same word in another section, a like word in the same section, a like
+    key, a like word in any section.
+    """
+    section, _, word = key.rpartition(".")
+    words = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    if key in known or word in words:
+        return key if key in known else words[word]
+    inside = [k for k in known if section and k.startswith(f"{section}.")]
+    close = difflib.get_close_matches(key, inside, 1, 0.85) or difflib.get_close_matches(key, known, 1, 0.7)
     if close:
         return close[0]
-    leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), 1, 0.75)
-    return leaves[close[0]] if close else None
+    close = difflib.get_close_matches(word, list(words), 1, 0.75)
+    return words[close[0]] if close else None
 
 
 def _documents(paths: Sequence[Path]) -> list[Document]:

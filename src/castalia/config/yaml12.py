@@ -186,12 +186,15 @@ def _scalar(node: yaml.ScalarNode, path: str) -> Any:
         return text
     try:
         if kind == "int":
-            return int(text.replace("_", ""), 0 if text[:2] in ("0x", "0o") else 10)
+            value = int(text.replace("_", ""), 0 if text[:2] in ("0x", "0o") else 10)
+            if abs(value) < 1 << 63:
+                return value
         if kind == "float":
             return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
     except ValueError:
         pass
     where = f"{path}:{node.start_mark.line + 1}"
+    # Whole numbers are those of 64 bits, so that what is reckoned with them stays finite.
     if kind in ("bool", "int", "float"):
         raise UserError(f"{where}: '{text[:40]}' cannot be read as {kind}")
     raise UserError(f"{where}: the tag {node.tag} is not supported in configurations")

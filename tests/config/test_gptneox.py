@@ -1,0 +1,547 @@
+"""GPT-NeoX files, against the facts of its two versions and a configuration that it ran."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from castalia.config import Config, load, notes, origins
+from castalia.config.gptneox import family
+from castalia.config.gptneox_keys import KNOWN, REFUSED, REPORTED, TRANSLATED
+from castalia.config.gptneox_model import MODEL_RULES, expand_attention, mlp_widths
+from castalia.config.gptneox_rules import CHECKS, RENAMED, REQUIRED, RULES
+from castalia.config.load import known_keys
+from castalia.config.render import flat, to_yaml
+from castalia.config.yaml12 import parse_yaml
+from castalia.errors import UserError
+
+HERE = Path(__file__).parent
+FIXTURES = HERE.parent / "fixtures" / "gptneox_runs"
+SMALL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "seq_length": 64,
+    "max_position_embeddings": 64,
+    "pos_emb": "rotary",
+    "train_iters": 100,
+    "train_micro_batch_size_per_gpu": 2,
+    "hidden_dropout": 0,
+    "attention_dropout": 0,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
+}
+
+
+@pytest.fixture
+def translated(tmp_path):
+    """Loads a small GPT-NeoX file with some values more; None takes a key out."""
+
+    def translated(*overrides: str, **more: Any) -> Config:
+        values = {k: v for k, v in (SMALL | more).items() if v is not None}
+        (tmp_path / "small.yml").write_text(json.dumps(values, indent=1))
+        return load([tmp_path / "small.yml"], overrides)
+
+    return translated
+
+
+# The table of keys.
+
+
+def test_every_key_of_both_versions_has_one_fate() -> None:
+    keys = (HERE / "gptneox_keys.txt").read_text().split()
+    assert len(keys) == len(set(keys)) == 325
+    assert set(keys) == KNOWN - {"compat"}
+    assert len(TRANSLATED) + len(REPORTED) + len(REFUSED) == len(keys)
+
+
+def test_every_translated_key_is_read_and_every_result_is_a_key_of_ours() -> None:
+    read = {*RENAMED, *REQUIRED}
+    read |= {key for rule in RULES for key in rule.reads} | {key for keys, _ in CHECKS for key in keys}
+    assert read == set(TRANSLATED)
+    assert {*RENAMED.values(), *REQUIRED.values(), *(rule.ours for rule in RULES)} <= set(known_keys())
+    assert set(MODEL_RULES) <= set(RULES)
+
+
+def test_every_reported_key_is_accepted_with_its_reason(translated) -> None:
+    plain = flat(translated())
+    # Two of these names are sections of ours too; theirs are blocks with other keys.
+    values = dict.fromkeys(REPORTED, True) | dict.fromkeys(
+        ("checkpoint", "tokenizer"), {"load_universal": True}
+    )
+    config = translated(**values)
+    assert flat(config) == plain
+    for key, why in REPORTED.items():
+        assert f"{key}: {why}" in notes(config)
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_every_refused_key_is_refused_unless_it_asks_for_nothing(translated, key: str) -> None:
+    refused = REFUSED[key]
+    asks: Any = {"enabled": True, "fp16": 1} if refused.block or refused.passed_on else 17
+    with pytest.raises(UserError) as error:
+        translated(**{key: asks})
+    assert f"'{key}'" in str(error.value)
+    assert "not implemented yet" in str(error.value)
+    assert "small.yml:" in str(error.value)
+    for value in refused.harmless:
+        translated(**{key: value})
+    if refused.block:
+        translated(**{key: {"enabled": False}})
+
+
+def test_settings_passed_on_to_deepspeed_count_as_if_given_above(translated) -> None:
+    translated(deepspeed_extra_args={"comms_logger": {"enabled": True}})
+    with pytest.raises(UserError, match="passing settings on to DeepSpeed"):
+        translated(deepspeed_extra_args={"curriculum_learning": {"enabled": True}})
+
+
+# Recognising, merging, overriding.
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("num-layers: 3", "gptneox"),
+        ("optimizer: {type: Adam, params: {lr: 1}}", "gptneox"),
+        ("optimizer: {type: adamw, lr: 1}", "castalia"),
+        ("checkpoint: {load_universal: true}", "gptneox"),
+        ("checkpoint: {interval: 5}", "castalia"),
+        ("model: {num_layers: 3}\nnum_layers: 3", "castalia"),
+        ("model:", "castalia"),
+        ("optimizer.lr: 3", "castalia"),
+        ("compat: v2.0", "gptneox"),
+        ("nun_layers: 3", None),
+        ("", None),
+    ],
+)
+def test_recognising_a_file(text: str, kind: str | None) -> None:
+    assert family(parse_yaml(text, "f.yml")) == kind
+
+
+def files(tmp_path: Path, **texts: str) -> list[Path]:
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yml").write_text(text)
+    return [tmp_path / f"{name}.yml" for name in texts]
+
+
+def test_files_merge_whatever_their_dashes(tmp_path) -> None:
+    small = {key.replace("_", "-"): value for key, value in SMALL.items() if key != "train_iters"}
+    a, b = files(tmp_path, a=json.dumps(small), b='{\n  "train-iters": 7,\n}')
+    config = load([a, b])
+    assert (config.training.steps, config.name) == (7, "a")
+    assert str(origins(config)["training.steps"]) == f"{b}:2"
+    assert str(origins(config)["schedule.arithmetic"]) == "GPT-NeoX main's default"
+    assert config.model_dump() == load([b, a]).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ("num-layers: 3", "\nnum_layers: 4", "b.yml:2: 'num_layers' was given already at"),
+        ("num-layers: 3\nnum_layers: 4", "", "a.yml:2: 'num_layers' was given before, at"),
+        (
+            "num_layers: 3",
+            "\nhiden_size: 4",
+            "b.yml:2: GPT-NeoX has no key 'hiden_size'; did you mean 'hidden_size'?",
+        ),
+        ("num_layers: 3", "model: {norm: rmsnorm}", "b.yml is a Castalia file and"),
+        ("num_layers: 3", "compat: v1.0", "b.yml:1: 'compat' must be main or v2.0, got 'v1.0'"),
+        ("num_layers: 3", "", "no file gives 'hidden_size', which GPT-NeoX requires"),
+    ],
+)
+def test_files_that_do_not_merge(tmp_path, a: str, b: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(files(tmp_path, a=a, b=b))
+    assert message in str(error.value)
+
+
+def test_a_base_may_be_a_gptneox_file(tmp_path) -> None:
+    files(tmp_path, a=json.dumps(SMALL))
+    (b,) = files(tmp_path, b="base: a.yml\ntrain-iters: 7\n")
+    config = load([b])
+    assert (config.training.steps, config.model.num_layers) == (7, 2)
+    assert str(origins(config)["training.steps"]) == f"{b}:2"
+    assert str(origins(config)["model.num_layers"]) == f"{tmp_path / 'a.yml'}:1"
+
+
+def test_overrides_are_in_their_keys_or_in_ours(translated) -> None:
+    config = translated("train-iters=7", "optimizer.lr=0.5", "lr_decay_style=cosine", "compat=v2.0")
+    assert (config.training.steps, config.optimizer.lr, config.schedule.type) == (7, 0.5, "cosine")
+    assert config.schedule.arithmetic == "gptneox_v2.0"
+    assert str(origins(config)["training.steps"]) == "command line"
+
+
+def test_a_complete_file_is_written_in_our_terms(translated, tmp_path) -> None:
+    config = translated()
+    (tmp_path / "ours.yml").write_text(to_yaml(config))
+    assert load([tmp_path / "ours.yml"]).model_dump() == config.model_dump()
+
+
+def test_every_given_key_has_a_note(translated) -> None:
+    config = translated(num_workers=0, checkpoint_factor=10, use_wandb=False)
+    keys = {line.partition(":")[0] for line in notes(config)}
+    assert keys >= {*SMALL, "num_workers", "checkpoint_factor", "use_wandb"}
+    assert "num_layers: became model.num_layers 2" in notes(config)
+
+
+# What keys become.
+
+
+def test_a_configuration_that_gptneox_ran() -> None:
+    run = json.loads((FIXTURES / "seq_gptj.json").read_text())
+    from castalia.config.gptneox import translate
+    from castalia.config.load import Tree, check
+    from castalia.config.yaml12 import Document
+
+    said = run["config"] | {"vocab_file": run["vocab_file"], "data_path": run["data_path"]}
+    translation = translate([Document("seq_gptj.json", said, {})])
+    config = check(Tree(translation.values, translation.origins, translation.notes))
+    values = flat(config)
+    expected = {
+        "name": "seq_gptj",
+        "data.path": "ds",
+        "data.split": "900,50,50",
+        "data.seq_length": 64,
+        "tokenizer.path": "tok.json",
+        "model.num_layers": 3,
+        "model.hidden_size": 32,
+        "model.num_attention_heads": 4,
+        "model.intermediate_size": 128,
+        "model.vocab_multiple": 128,
+        "model.max_position_embeddings": 64,
+        "model.norm": "layernorm",
+        "model.norm_epsilon": 1e-5,
+        "model.activation": "gelu",
+        "model.position": "rotary",
+        "model.rotary_fraction": 0.25,
+        "model.residual": "parallel",
+        "model.tie_embeddings": False,
+        "model.init_method": "small_init",
+        "model.output_init_method": "wang_init",
+        "training.steps": 30,
+        "training.batch_size": 8,
+        "training.micro_batch_size": 4,
+        "training.precision": "fp32",
+        "optimizer.type": "adamw",
+        "optimizer.lr": 0.003,
+        "optimizer.betas": [0.9, 0.95],
+        "optimizer.weight_decay": 0.1,
+        "optimizer.clip_grad": 1.0,
+        "schedule.type": "cosine",
+        "schedule.warmup": 0.1,
+        "schedule.decay_steps": 30,
+        "schedule.min_lr": 0.0003,
+        "schedule.arithmetic": "gptneox_main",
+        "loss.normalisation": "micro_batch_mean",
+        "evaluation.interval": 10,
+        "evaluation.batches": 2,
+        "evaluation.continuing": True,
+        "checkpoint.interval": 15,
+        "checkpoint.extra_steps": [0],
+        "logging.interval": 1,
+    }
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("compat", "expected"),
+    [
+        (
+            "main",
+            {
+                "optimizer.weight_decay": 0.1,
+                "optimizer.clip_grad": 1.0,
+                "schedule.arithmetic": "gptneox_main",
+            },
+        ),
+        (
+            "v2.0",
+            {
+                "optimizer.weight_decay": 0.01,
+                "optimizer.clip_grad": 0.0,
+                "schedule.arithmetic": "gptneox_v2.0",
+            },
+        ),
+    ],
+)
+def test_defaults_are_those_of_the_version(translated, compat: str, expected: dict[str, Any]) -> None:
+    values = flat(translated(compat=compat, optimizer={"type": "Adam", "params": {}}))
+    assert {key: values[key] for key in expected} == expected
+    same = {
+        "optimizer.lr": 0.001,
+        "optimizer.betas": [0.9, 0.999],
+        "model.init_method": "normal",
+        "model.output_init_method": "scaled_normal",
+        "model.tie_embeddings": True,
+        "schedule.type": "linear",
+        "schedule.warmup": 0.01,
+        "evaluation.interval": 1000,
+        "evaluation.batches": 100,
+        "checkpoint.interval": None,
+    }
+    assert {key: values[key] for key in same} == same
+
+
+def test_dropout_is_the_default_of_v2_and_is_refused(translated) -> None:
+    translated(hidden_dropout=None, attention_dropout=None)
+    with pytest.raises(
+        UserError, match=r"GPT-NeoX v2.0's default: 'hidden_dropout' \(0.1\) asks for dropout"
+    ):
+        translated(compat="v2.0", hidden_dropout=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"no_weight_tying": True}, {"model.tie_embeddings": False}),
+        ({"norm": "rmsnorm"}, {"model.norm": "rmsnorm", "model.norm_epsilon": 1e-8}),
+        (
+            {"norm": "te_layernorm", "layernorm_epsilon": 1e-6},
+            {"model.norm": "layernorm", "model.norm_epsilon": 1e-6},
+        ),
+        ({"pos_emb": "none"}, {"model.position": "none"}),
+        (
+            {"rotary_emb_base": 500, "rotary_pct": 0.5},
+            {"model.rotary_base": 500.0, "model.rotary_fraction": 0.5},
+        ),
+        ({"gpt_j_residual": "yes"}, {"model.residual": "parallel"}),
+        ({"bias_gelu_fusion": True}, {"model.activation": "gelu_tanh"}),
+        ({"bias_gelu_fusion": True, "activation": "swish"}, {"model.activation": "silu"}),
+        ({"use_bias_in_mlp": False, "use_bias_in_attn_linear": False}, {"model.mlp_bias": False}),
+        ({"num_kv_heads": 2}, {"model.num_kv_heads": 2}),
+        ({"padded_vocab_size": 512}, {"model.vocab_size": 512}),
+        ({"make_vocab_size_divisible_by": 64}, {"model.vocab_multiple": 64}),
+        ({"attention_config": [[["flash"], "all"]]}, {"model.block": "transformer"}),
+        ({"sliding_window_width": 63}, {"model.block": "transformer"}),
+        ({"eod_mask_loss": True}, {"data.mask_loss_at_eod": True}),
+        ({"data_path": "d"}, {"data.path": "d", "data.split": "969, 30, 1"}),
+        (
+            {"train_data_paths": ["a", "b"], "train_data_weights": [1, 2.5]},
+            {"data.train_paths": ["a", "b"], "data.train_weights": [1.0, 2.5], "data.path": None},
+        ),
+        ({"vocab_file": "t.json", "tokenizer_type": "HFTokenizer"}, {"tokenizer.path": "t.json"}),
+        ({"vocab_file": "v.json", "merge_file": "m.txt"}, {"tokenizer.path": None}),
+        ({"save": "ckpt", "load": "ckpt"}, {"output": "ckpt"}),
+        ({"lr_decay_iters": 50, "lr_decay_fraction": 0.9}, {"schedule.decay_steps": 50}),
+        ({"lr_decay_fraction": 0.295}, {"schedule.decay_steps": 29}),
+        ({"weight_decay": 0.3}, {"optimizer.weight_decay": 0.3}),
+        ({"optimizer": {"type": "ADAM", "params": {"weight_decay": 0.2}}}, {"optimizer.weight_decay": 0.2}),
+        ({"optimizer": None}, {"optimizer.type": "adamw", "optimizer.lr": 0.001}),
+        ({"eval_iters": 0}, {"evaluation.interval": None, "evaluation.at_end": False}),
+        (
+            {"eval_iters": 3},
+            {"evaluation.batches": 3, "evaluation.at_end": True, "evaluation.test_at_end": True},
+        ),
+        (
+            {"keep_last_n_checkpoints": 2, "exit_interval": 9},
+            {"checkpoint.keep_last": 2, "training.exit_interval": 9},
+        ),
+        ({"peak_theoretical_tflops": 312}, {"performance.peak_flops": 3.12e14}),
+        ({"precision": "bfloat16"}, {"training.precision": "bf16"}),
+        ({"precision": "bfloat16", "bf16": {"enabled": True}}, {"training.precision": "bf16"}),
+        ({"bf16": {"enabled": True}}, {"training.precision": "bf16"}),
+        ({"fp16": {"enabled": False}}, {"training.precision": "fp32"}),
+        ({"compat": "v2.0", "fp16": {"enabled": True, "type": "bfloat16"}}, {"training.precision": "bf16"}),
+        ({"compat": "v2.0", "precision": "fp16"}, {"training.precision": "fp32"}),
+    ],
+)
+def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    values = flat(translated(**given))
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"pos_emb": None},
+            "GPT-NeoX main's default: 'pos_emb' ('learned') asks for 'learned', which is not implemented",
+        ),
+        ({"pos_emb": "alibi"}, "'pos_emb' ('alibi')"),
+        ({"norm": "scalenorm"}, "'norm' ('scalenorm')"),
+        ({"norm": "rmsnorm", "compat": "v2.0"}, "epsilon outside the root"),
+        ({"activation": "mish"}, "'activation' ('mish')"),
+        ({"init_method": "xavier_normal"}, "'init_method' ('xavier_normal')"),
+        (
+            {"gpt_j_residual": True, "gpt_j_tied": True},
+            "'gpt_j_tied' (True) asks for one norm for both branches",
+        ),
+        ({"attention_config": [[["local", "global"], "all"]]}, "layers of kind local"),
+        ({"attention_config": ["global"]}, "describes 1 layers, but num_layers is 2"),
+        ({"attention_config": [[["global"] * 3, "all"]]}, "which leaves a rest"),
+        ({"attention_config": [3]}, "has 3, which is neither a kind nor [[kinds], times]"),
+        ({"sliding_window_width": 16}, "a sliding window"),
+        ({"optimizer": {"type": "Lion", "params": {}}}, "the optimizer 'Lion'"),
+        ({"optimizer": {"params": {}}}, "needs a 'type'"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"beta": 1}}},
+            "unknown parameter 'beta' for Adam; did you mean 'betas'",
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"weight_decay": 1}}, "weight_decay": 2}, "keep one"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"amsgrad": True}}},
+            "amsgrad True, which is not implemented",
+        ),
+        (
+            {"precision": "fp16"},
+            "training in fp16, which is not implemented yet: give fp16=null and precision=",
+        ),
+        ({"fp16": {"enabled": True}}, "small.yml:18: 'fp16'"),
+        ({"fp16": {"enabled": True}, "precision": "fp32"}, "is fp32, but fp16 is enabled"),
+        ({"bf16": {"enabled": True}, "precision": "fp32"}, "is fp32, but bf16 is enabled"),
+        ({"compat": "v2.0", "fp16": {"enabled": True}}, "training in fp16"),
+        ({"tokenizer_type": "SPMTokenizer"}, "another kind of tokenizer"),
+        ({"load": "elsewhere"}, "starting from the checkpoint of another run"),
+        ({"checkpoint_factor": 2.5}, "must be a whole number from 1 on, got 2.5"),
+        ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "must be above 1"),
+        ({"checkpoint_scale": "cubic"}, "use one of linear, log"),
+        ({"extra_save_iters": ["a"]}, "must be a list of steps"),
+        ({"num_layers": "three"}, "small.yml:2: 'num_layers' must be a whole number, got 'three'"),
+        ({"rotary_pct": "half"}, "'rotary_pct' must be a number"),
+        ({"gpt_j_residual": 1}, "'gpt_j_residual' must be true or false"),
+        ({"num_layers": 0}, "small.yml:2: model.num_layers: input should be greater than or equal to 1"),
+        ({"lr_decay_iters": 0}, "'lr_decay_iters' must be at least 1"),
+        ({"seq_length": 128}, "data.seq_length 128 is beyond model.max_position_embeddings 64"),
+        ({"min_lr": 1.0}, "schedule.min_lr 1.0 is above optimizer.lr 0.01"),
+        ({"data_path": "a", "train_data_paths": ["b"]}, "give either data.path with data.split"),
+        ({"intermediate_size": 8, "expansion_factor": 2.0}, "both say the width of the MLP"),
+    ],
+)
+def test_what_is_refused_names_the_key_and_its_place(translated, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        translated(**given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Formulas.
+
+
+@pytest.mark.parametrize(
+    ("given", "width"),
+    [
+        ({}, 192),
+        ({"intermediate_size": 100}, 100),
+        ({"expansion_factor": 2.5}, 120),
+        # main gates a third of the width: 192 -> rows 128, columns 64.
+        ({"activation": "swiglu"}, 64),
+        ({"activation": "swiglu", "intermediate_size": 150}, 50),
+        ({"activation": "swiglu", "intermediate_size": 100}, 33),
+        # LLaMA-7B's, a checked pair.
+        ({"activation": "swiglu", "intermediate_size": 32768, "mlp_multiple_of": 256}, 11008),
+        # The trick of GPT-NeoX's Llama 3 files.
+        ({"activation": "swiglu", "intermediate_size": 14336, "mlp_multiple_of": 14336}, 14336),
+        ({"activation": "geglu", "compat": "v2.0"}, 128),
+        ({"activation": "geglu", "compat": "v2.0", "hidden_size": 64}, 170),
+    ],
+)
+def test_width_of_the_mlp(translated, given: dict[str, Any], width: int) -> None:
+    assert translated(**given).model.intermediate_size == width
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({"intermediate_size": 99}, "100 rows"),
+        ({"intermediate_size": 100, "mlp_multiple_of": 100}, "200 rows"),
+        ({"activation": "swiglu", "intermediate_size": 1}, "0 rows"),
+    ],
+)
+def test_widths_that_do_not_fit(translated, given: dict[str, Any], rows: str) -> None:
+    with pytest.raises(UserError, match=f"matrices do not fit: {rows}"):
+        translated(**given)
+
+
+def test_both_widths_of_a_gated_mlp() -> None:
+    assert mlp_widths(32768, 256, gated=True) == (22016, 11008)
+
+
+@pytest.mark.parametrize(
+    ("given", "batch"),
+    [
+        ({}, (2, 2)),
+        ({"gradient_accumulation_steps": 3}, (6, 2)),
+        ({"global_num_gpus": 4}, (8, 2)),
+        ({"gradient_accumulation_steps": 3, "global_num_gpus": 4}, (24, 2)),
+        # GPT-NeoX stops here, since it takes one accumulation step unless told.
+        ({"train_batch_size": 16, "global_num_gpus": 2}, (16, 2)),
+        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": None}, (16, 16)),
+        (
+            {
+                "train_batch_size": 16,
+                "train_micro_batch_size_per_gpu": None,
+                "gradient_accumulation_steps": 4,
+            },
+            (16, 4),
+        ),
+        ({"train_batch_size": 12, "gradient_accumulation_steps": 3, "world_size": 2}, (12, 2)),
+    ],
+)
+def test_batch_triangle(translated, given: dict[str, Any], batch: tuple[int, int]) -> None:
+    training = translated(**given).training
+    assert (training.batch_size, training.micro_batch_size) == batch
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_batch_size": 15}, "a step of 15 sequences is not train_micro_batch_size_per_gpu 2 x"),
+        (
+            {"train_batch_size": 16, "gradient_accumulation_steps": 3},
+            "gradient_accumulation_steps 3 x 1 devices",
+        ),
+        ({"train_micro_batch_size_per_gpu": None}, "no file gives 'train_micro_batch_size_per_gpu'"),
+        (
+            {"train_batch_size": 2, "train_micro_batch_size_per_gpu": None, "global_num_gpus": 4},
+            "does not fit",
+        ),
+        ({"gradient_accumulation_steps": 0}, "'gradient_accumulation_steps' must be at least 1"),
+    ],
+)
+def test_batches_that_do_not_fit(translated, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        translated(**given)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "interval", "extra"),
+    [
+        ({"checkpoint_factor": 20}, 20, []),
+        ({"checkpoint_factor": 20, "extra_save_iters": [0, 5]}, 20, [0, 5]),
+        ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, None, [1, 2, 4, 8, 16, 32, 64]),
+        ({"checkpoint_factor": 2, "checkpoint_scale": "log", "compat": "v2.0"}, None, [2, 4, 8, 16, 32, 64]),
+        ({"checkpoint_factor": 1.5, "checkpoint_scale": "log", "train_iters": 6}, None, [1, 2, 3, 5]),
+        ({"extra_save_iters": [3]}, None, [3]),
+    ],
+)
+def test_steps_of_checkpoints(
+    translated, given: dict[str, Any], interval: int | None, extra: list[int]
+) -> None:
+    checkpoint = translated(**given).checkpoint
+    assert (checkpoint.interval, checkpoint.extra_steps) == (interval, extra)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "kinds"),
+    [
+        (None, 3, ["global"] * 3),
+        (["flash", "global"], 2, ["flash", "global"]),
+        ([[["global"], "all"]], 3, ["global"] * 3),
+        ([[["local", "global"], 2]], 4, ["local", "global"] * 2),
+        # "all" discards what came before it, as in GPT-NeoX.
+        ([[["local"], 1], [["global"], "all"]], 3, ["global"] * 3),
+    ],
+)
+def test_kinds_of_attention(config: Any, layers: int, kinds: list[str]) -> None:
+    from castalia.config.gptneox_given import Given
+
+    assert expand_attention(Given({"attention_config": config}, {}), layers) == kinds
+
+
+def test_where_gptneox_loses_something_it_is_said(translated) -> None:
+    remarks = "\n".join(notes(translated(gpt_j_residual=True, use_bias_in_mlp=False, activation="swiglu")))
+    assert "loses the attention" in remarks
+    assert "inner width of a third" in remarks
+    assert "batch is that of one device" in remarks
