@@ -66,9 +66,8 @@ def test_every_translated_key_is_read_and_every_result_is_a_key_of_ours() -> Non
 def test_every_reported_key_is_accepted_with_its_reason(translated) -> None:
     plain = flat(translated())
     # Two of these names are sections of ours too; theirs are blocks with other keys.
-    values = dict.fromkeys(REPORTED, True) | dict.fromkeys(
-        ("checkpoint", "tokenizer"), {"load_universal": True}
-    )
+    values: dict[str, Any] = dict.fromkeys(REPORTED, True)
+    values |= {"checkpoint": {"load_universal": True}, "tokenizer": {"load_universal": True}}
     config = translated(**values)
     assert flat(config) == plain
     for key, why in REPORTED.items():
@@ -183,6 +182,7 @@ def test_every_given_key_has_a_note(translated) -> None:
     keys = {line.partition(":")[0] for line in notes(config)}
     assert keys >= {*SMALL, "num_workers", "checkpoint_factor", "use_wandb"}
     assert "num_layers: became model.num_layers 2" in notes(config)
+    assert "fp16: null, as if it were not given" in notes(translated("fp16=null"))
 
 
 # What keys become.

@@ -155,11 +155,13 @@ def _refuse(given: Given) -> None:
 
 def _notes(given: Given, values: Mapping[str, Any], became: Mapping[str, list[str]]) -> Iterator[str]:
     """A line for every key that was given: first what means nothing here, then what the rest became."""
-    for key in given.values:
-        if key in REPORTED:
+    for key, value in given.values.items():
+        if key in REPORTED and value is not None:
             yield f"{key}: {REPORTED[key]}"
-    for key in given.values:
-        if key in became:
+    for key, value in given.values.items():
+        if value is None:
+            yield f"{key}: null, as if it were not given"
+        elif key in became:
             yield f"{key}: became " + ", ".join(
                 f"{ours} {values[ours]}" for ours in dict.fromkeys(became[key])
             )
