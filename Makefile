@@ -18,6 +18,7 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 setup: $(STAMP) ## make .venv with the package and its tools, versions as in constraints.txt
+	@:
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Castalia needs Python 3.11 or newer: install it, or name it: make setup PYTHON=..." >&2; exit 1; }
