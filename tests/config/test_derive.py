@@ -36,26 +36,16 @@ def test_each_value_that_follows_is_filled_in_and_explained() -> None:
     assert values["schedule.warmup_steps"] is None
 
 
-def test_what_stays_null_depends_on_the_machine_or_on_nothing_given() -> None:
-    config, _ = derive(load([]), 100)
-    assert {key for key, value in flat(config).items() if value is None} == {
+def test_what_depends_on_the_machine_or_the_place_stays_null() -> None:
+    values = flat(derive(load([]), 100)[0])
+    for key in (
         "output",
-        "data.path",
-        "data.train_paths",
-        "data.valid_paths",
-        "data.test_paths",
-        "data.train_weights",
-        "data.valid_weights",
-        "data.test_weights",
-        "tokenizer.path",
-        "training.tokens",
-        "training.exit_interval",
-        "schedule.warmup_steps",
-        "checkpoint.keep_last",
         "performance.device",
         "performance.threads",
-        "performance.peak_flops",
-    }
+        "training.tokens",
+        "data.train_weights",
+    ):
+        assert values[key] is None, key
 
 
 def test_what_is_given_stays() -> None:
