@@ -29,7 +29,8 @@ def run(rank):
     whole = torch.arange(80.0).view(10, 8)
     def sharded(tensor, dim):
         return distribute_tensor(tensor, mesh, [Shard(dim)])
-    path = save_checkpoint(folder / "c", 3, {"a": sharded(whole, 0), "b": torch.ones(3)}, {"x": 1}, keep_last=1)
+    tensors = {"a": sharded(whole, 0), "b": torch.ones(3)}
+    path = save_checkpoint(folder / "c", 3, tensors, {"x": 1}, keep_last=1)
     target = {"a": sharded(torch.zeros(10, 8), 1), "b": torch.zeros(3)}
     load_checkpoint(path, target)
     assert torch.equal(target["a"].full_tensor(), whole) and target["b"].sum() == 3
