@@ -91,7 +91,7 @@ def smaller_configs(root: Path, folder: Path) -> None:
 
 
 def test_the_commands_of_the_readme_run(root, tmp_path):
-    # Some 15 seconds: the one test that goes the whole way from text to report as a newcomer does.
+    # Some 20 seconds: the one test that goes the whole way from text to report as a newcomer does.
     text = (root / "README.md").read_text(encoding="utf-8")
     lines = commands(text)
     for verb in ("corpora", "tokenizer", "prepare", "train", "generate", "report", "plan"):
