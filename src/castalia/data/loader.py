@@ -33,6 +33,8 @@ class Batch:
         positions: int64 [b, s], 0..s-1 in every row.
         doc_ids: int32 [b, s], which document each token belongs to, or None: all one document.
         extras: further tensors by name, such as rewards.
+        sample_ids: int64 [b], the global number of each row's sample, on which dropout depends; None
+            where nobody numbered them.
     """
 
     tokens: torch.Tensor
@@ -40,6 +42,7 @@ class Batch:
     positions: torch.Tensor
     doc_ids: torch.Tensor | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    sample_ids: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -58,6 +61,7 @@ class Batch:
             move(self.positions),
             move(self.doc_ids),
             {name: move(value) for name, value in self.extras.items()},
+            move(self.sample_ids),
         )
 
 
@@ -139,6 +143,7 @@ class Loader:
             tokens=torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
             labels=torch.from_numpy(labels_of(ids, self.mask_eod)),
             positions=torch.arange(seq_length).repeat(len(ids), 1),
+            sample_ids=torch.from_numpy(numbers.astype(np.int64)),
         )
 
     def stream(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:

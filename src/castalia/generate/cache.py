@@ -46,6 +46,8 @@ class KVCache:
         self.max_length = max_length
         self.length = 0
         """Tokens stored by earlier forward passes."""
+        self.positions: Tensor | None = None
+        """Their position ids `[1 or B, length]`, noted by models that score by distance."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values.
@@ -75,4 +77,4 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything; the memory is kept for the next batch."""
-        self.length = 0
+        self.length, self.positions = 0, None

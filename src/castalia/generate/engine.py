@@ -162,11 +162,10 @@ def _inference(model: Transformer) -> Iterator[None]:
 
 
 def make_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
-    """An empty cache that fits a model: its layers and heads, its matrices' dtype and device."""
+    """An empty cache that fits a model: its layers and heads, its matrices' dtype and device, its soft prompt."""
     cfg, weight = model.cfg, model.head_weight
-    return KVCache(
-        cfg.num_layers, batch, cfg.kv_heads, max_length, cfg.head_size, weight.dtype, weight.device
-    )
+    length = max_length + model.prompt_length
+    return KVCache(cfg.num_layers, batch, cfg.kv_heads, length, cfg.head_size, weight.dtype, weight.device)
 
 
 def _run_batch(

@@ -3,10 +3,18 @@
 Each parameter is drawn in blocks of rows, every block from a generator of its own, seeded by
 a hash of (seed, name, block). So the weights do not depend on the layout, on the order in
 which modules are built or on the device, and a rank that holds some rows draws just those.
+The orthogonal methods are the exception: their rows depend on each other, so each rank draws
+the whole matrix and keeps its rows.
 
-Formulas: small_init sqrt(2 / 5h) for the inner matrices (Nguyen & Salazar 2019), wang_init
-2 / (L sqrt h) for what writes to the residual stream (Wang & Komatsuzaki 2021), as GPT-NeoX
-names them.
+    normal, scaled_normal, single_residual_scaled_normal   init_std; / sqrt(2L); / sqrt(L)
+    small_init       sqrt(2 / 5h)                           Nguyen & Salazar 2019
+    wang_init        2 / (L sqrt h)                         Wang & Komatsuzaki 2021
+    xavier_normal    sqrt(2 / (rows + columns))             Glorot & Bengio 2010
+    xavier_uniform   uniform within sqrt(6 / (rows + columns))
+    orthogonal, scaled_orthogonal                           Saxe et al. 2013; gain sqrt(2), sqrt(2 / L)
+
+The names are GPT-NeoX's. Rows and columns are those of the whole matrix (of qkv together, of
+gate and up apart), not of a rank's shard.
 """
 
 from __future__ import annotations
@@ -32,6 +40,26 @@ INIT_STD: dict[str, Callable[[ModelConfig], float]] = {
     "wang_init": lambda c: 2 / (c.num_layers * math.sqrt(c.hidden_size)),
 }
 
+Initialiser = Callable[[str, Tensor, ModelConfig, int], None]
+"""(canonical name, whole matrix to fill, configuration, seed)."""
+
+
+def _of_std(std: Callable[[ModelConfig], float]) -> Initialiser:
+    return lambda name, out, cfg, seed: normal_rows(name, out, seed, std(cfg))
+
+
+INITIALISERS: dict[str, Initialiser] = {
+    **{method: _of_std(std) for method, std in INIT_STD.items()},
+    "xavier_normal": lambda name, out, cfg, seed: normal_rows(name, out, seed, math.sqrt(2 / sum(out.shape))),
+    "xavier_uniform": lambda name, out, cfg, seed: uniform_rows(
+        name, out, seed, math.sqrt(6 / sum(out.shape))
+    ),
+    "orthogonal": lambda name, out, cfg, seed: orthogonal(name, out, seed, math.sqrt(2)),
+    "scaled_orthogonal": lambda name, out, cfg, seed: orthogonal(
+        name, out, seed, math.sqrt(2 / cfg.num_layers)
+    ),
+}
+
 
 def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill every parameter of `model`, in place; raises UserError for an unknown method."""
@@ -41,19 +69,28 @@ def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
 
 
 def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
-    """Give one parameter its initial value: biases 0, norm gains 1, matrices normal."""
+    """Give one parameter its initial value: biases 0, norm gains 1, matrices by the configured method.
+
+    Two have their own whatever the method: the relative bias (xavier_normal) and the soft prompt (uniform).
+    """
     if name.endswith(".bias"):
         out.zero_()
     elif out.ndim == 1:
         out.fill_(1.0)
+    elif name == "relative_bias.weight":
+        INITIALISERS["xavier_normal"](name, out, cfg, seed)
+    elif name == "soft_prompt.weight":
+        uniform_rows(name, out, seed, cfg.soft_prompt_range)
     else:
         residual = name.endswith(RESIDUAL_OUTPUTS)
         key, method = (
-            ("model.output_init_method", cfg.output_init_method) if residual else ("model.init_method", cfg.init_method)
+            ("model.output_init_method", cfg.output_init_method)
+            if residual
+            else ("model.init_method", cfg.init_method)
         )
-        if method not in INIT_STD:
-            raise UserError(f"{key}: '{method}' is not known; known: {', '.join(INIT_STD)}")
-        normal_rows(name, out, seed, INIT_STD[method](cfg))
+        if method not in INITIALISERS:
+            raise UserError(f"{key}: '{method}' is not known; known: {', '.join(INITIALISERS)}")
+        INITIALISERS[method](name, out, cfg, seed)
 
 
 def normal_rows(name: str, out: Tensor, seed: int, std: float, first_row: int = 0) -> None:
@@ -61,12 +98,45 @@ def normal_rows(name: str, out: Tensor, seed: int, std: float, first_row: int = 
 
     The draw is made in fp32 on the CPU, so that it is the same for every device and dtype.
     """
+    _draw_rows(
+        name, out, seed, first_row, lambda block, generator: block.normal_(0.0, std, generator=generator)
+    )
+
+
+def uniform_rows(name: str, out: Tensor, seed: int, bound: float, first_row: int = 0) -> None:
+    """As `normal_rows`, uniform between -bound and bound."""
+    _draw_rows(
+        name,
+        out,
+        seed,
+        first_row,
+        lambda block, generator: block.uniform_(-bound, bound, generator=generator),
+    )
+
+
+def orthogonal(name: str, out: Tensor, seed: int, gain: float) -> None:
+    """Fill the whole matrix with gain times orthonormal rows, or columns where these are fewer.
+
+    Q of a normal matrix's QR, the signs fixed by R's diagonal, so that it is uniformly distributed;
+    computed in fp64, whose rounding is all that a machine's library can change.
+    """
+    normal = torch.empty(out.shape, dtype=torch.float32)
+    normal_rows(name, normal, seed, 1.0)
+    tall = normal.double() if out.shape[0] >= out.shape[1] else normal.double().T
+    q, r = torch.linalg.qr(tall)
+    q = q * torch.where(r.diagonal() < 0, -1.0, 1.0) * gain
+    out.copy_(q if out.shape[0] >= out.shape[1] else q.T)
+
+
+def _draw_rows(
+    name: str, out: Tensor, seed: int, first_row: int, fill: Callable[[Tensor, torch.Generator], Tensor]
+) -> None:
     columns = out[0].numel()
     block_rows = max(1, BLOCK_ELEMENTS // columns)
     last_row = first_row + out.shape[0]
     for block in range(first_row // block_rows, -(-last_row // block_rows)):
         start = block * block_rows
-        draw = torch.empty(block_rows, columns).normal_(0.0, std, generator=_generator(seed, name, block))
+        draw = fill(torch.empty(block_rows, columns), _generator(seed, name, block))
         low, high = max(start, first_row), min(start + block_rows, last_row)
         out[low - first_row : high - first_row] = draw[low - start : high - start].view(-1, *out.shape[1:])
 

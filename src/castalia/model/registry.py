@@ -24,10 +24,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "softsign": F.softsign,
     # The gate's function of the gated ones (Shazeer 2020); the product is the MLP's business.
     "swiglu": F.silu,
     "geglu": F.gelu,
     "reglu": F.relu,
+    "glu": torch.sigmoid,
+    "bilinear": lambda x: x,
 }
 
 
@@ -64,4 +69,6 @@ def look_up(registry: dict[str, Any], name: str, key: str) -> Any:
             raise UserError(f"{key}: '{name}' cannot be imported: {error}") from None
         except AttributeError:
             raise UserError(f"{key}: module '{module}' has no '{attribute}'") from None
-    raise UserError(f"{key}: '{name}' is not known; known: {', '.join(sorted(registry))}, or module:attribute")
+    raise UserError(
+        f"{key}: '{name}' is not known; known: {', '.join(sorted(registry))}, or module:attribute"
+    )

@@ -1,7 +1,7 @@
 """Token ids -> hidden states -> logits: the decoder-only transformer.
 
     tokens [B,S] ─embedding─> x [B,S,h] ─block─> ... ─block─> x ─final norm─> hidden [B,S,h]
-                                                                 hidden · head^T = logits [B,S,V]
+                  + positions                                    hidden · head^T = logits [B,S,V]
 
 The model stops at the hidden states. Whoever trains hands them, with the output matrix, to
 the chunked loss, so that all logits never exist at once; whoever generates asks `logits`.
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from castalia.config import ModelConfig
 from castalia.errors import UserError
+from castalia.model.dropout import DropoutKey, dropout
 from castalia.model.initial import initialise
-from castalia.model.layers import MLP, Attention, Cache, make_norm, rotary_angles
+from castalia.model.layers import MLP, Attention, Cache, Context
+from castalia.model.norms import make_norm, wide
+from castalia.model.positions import alibi_bias, causal, relative_bias, rotary_angles, sinusoids
 from castalia.model.registry import BLOCKS, look_up, register
+from castalia.model.soft_prompt import SoftPrompt, freeze_all_but_prompt
 
 
 @register(BLOCKS, "transformer")
@@ -25,45 +29,71 @@ class Block(nn.Module):
 
     sequential: a = x + attention(n1(x)); y = a + mlp(n2(a))
     parallel:   y = x + attention(n1(x)) + mlp(n2(x))        (GPT-J's and GPT-NeoX-20B's form)
+    tied norms: y = x + attention(n1(x)) + mlp(n1(x))        (n2 does not exist)
+
+    Dropout is on both branches, their biases included.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.parallel = cfg.residual == "parallel"
+        self.parallel, self.dropout = cfg.residual == "parallel", cfg.hidden_dropout
         self.attention_norm = make_norm(cfg)
-        self.attention = Attention(cfg, layer)
-        self.mlp_norm = make_norm(cfg)
+        self.attention = Attention(cfg)
+        self.mlp_norm = None if cfg.tie_norms else make_norm(cfg)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
-        """fp32 `[B, S, h]` to fp32 `[B, S, h]`."""
-        attention = self.attention(self.attention_norm(x), rotary, cache)
-        if self.parallel:
-            return x + attention + self.mlp(self.mlp_norm(x))
-        x = x + attention
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
+        """fp32 `[B, S, h]` to fp32 `[B, S, h]`; `layer` is the number of the executed layer."""
+        normed = self.attention_norm(x)
+        attention = self._drop(self.attention(normed, layer, context), "attention", layer, context)
+        if not self.parallel:
+            x = x + attention
+        if self.mlp_norm is not None:
+            normed = self.mlp_norm(x)
+        mlp = self._drop(self.mlp(normed), "mlp", layer, context)
+        return x + attention + mlp if self.parallel else x + mlp
+
+    def _drop(self, branch: Tensor, place: str, layer: int, context: Context) -> Tensor:
+        return dropout(branch, self.dropout, context.dropout, place, layer)
 
 
 class Transformer(nn.Module):
     """A decoder-only language model.
 
+    `layers` holds the layers that have weights of their own; `order` says which of them each
+    executed layer is, so shared ones are really one module.
+
     Args:
-        cfg: its configuration, with `vocab_size` filled in.
+        cfg: its configuration, with `vocab_size` filled in, and for learned positions
+            `max_position_embeddings`.
 
     Raises:
-        UserError: `vocab_size` is missing, or a registered name is not known.
+        UserError: one of these is missing, or a registered name is not known.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         if cfg.vocab_size is None:
             raise UserError("model.vocab_size is not set and no tokenizer says it: give model.vocab_size")
-        self.cfg = cfg
+        self.cfg, self.order = cfg, cfg.layer_order
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding, self.relative_bias, self.soft_prompt = None, None, None
+        if cfg.position == "learned":
+            if cfg.max_position_embeddings is None:
+                raise UserError(
+                    "model.max_position_embeddings is not set: learned positions need the size of their table"
+                )
+            self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        elif cfg.position == "rpe":
+            self.relative_bias = nn.Embedding(cfg.rpe_num_buckets, cfg.num_attention_heads)
+        if cfg.soft_prompt_tokens:
+            self.soft_prompt = SoftPrompt(cfg.soft_prompt_tokens, cfg.hidden_size)
         block = look_up(BLOCKS, cfg.block, "model.block")
-        self.layers = nn.ModuleList(block(cfg, i) for i in range(cfg.num_layers))
+        self.layers = nn.ModuleList(block(cfg, i) for i in range(cfg.num_unique_layers or cfg.num_layers))
         self.final_norm = make_norm(cfg)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        if cfg.soft_prompt_tokens:
+            freeze_all_but_prompt(self)
 
     @property
     def head_name(self) -> str:
@@ -75,37 +105,107 @@ class Transformer(nn.Module):
         """The output matrix `[V, h]`."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    @property
+    def prompt_length(self) -> int:
+        """Vectors of the soft prompt: places that a cache needs beside those of the tokens."""
+        return self.cfg.soft_prompt_tokens
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        dropout: DropoutKey | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             tokens: int64 `[B, S]`.
             positions: int64 `[B, S]` or `[S]`; None: 0 .. S-1, after what the cache holds.
             cache: keys and values of earlier tokens.
+            dropout: which elements are dropped; None: none, as in evaluation and generation.
 
         Returns:
             fp32 `[B, S, h]`.
+
+        Raises:
+            UserError: learned positions, and the sequence is longer than their table.
         """
-        x = self.embedding(tokens).float()
-        rotary = self._rotary(tokens, positions, cache)
-        for layer in self.layers:
-            x = layer(x, rotary, cache)
+        S, past = tokens.shape[1], 0 if cache is None else cache.length
+        if positions is None:
+            start = max(past - self.prompt_length, 0)
+            self._check_length(start + S)
+            positions = torch.arange(start, start + S, device=tokens.device)
+        x = self._embed(tokens, positions, dropout)
+        first = self.soft_prompt is not None and past == 0
+        if self.soft_prompt is not None:
+            positions = positions + self.prompt_length
+            if first:
+                x, positions = self.soft_prompt(x), _count_up_to(positions, self.prompt_length)
+        context = self._context(positions, past, cache, dropout)
+        for layer, index in enumerate(self.order):
+            x = self.layers[index](x, layer, context)
+        if first and cache is not None:
+            cache.advance(self.prompt_length)
         hidden: Tensor = self.final_norm(x)
-        return hidden
+        return hidden[:, -S:] if first else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., h]`, the product in the head's dtype."""
         weight = self.head_weight
-        return (hidden.to(weight.dtype) @ weight.T).float()
+        return wide(hidden.to(weight.dtype) @ weight.T)
 
-    def _rotary(self, tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor] | None:
-        if self.cfg.position != "rotary":
-            return None
-        if positions is None:
-            past = 0 if cache is None else cache.length
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        cos, sin = rotary_angles(positions, self.cfg.rotary_dim, self.cfg.rotary_base)
-        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+    def _embed(self, tokens: Tensor, positions: Tensor, key: DropoutKey | None) -> Tensor:
+        x = wide(self.embedding(tokens))
+        if self.position_embedding is not None:
+            x = x + wide(self.position_embedding(positions + self.cfg.position_offset))
+        elif self.cfg.position == "sinusoidal":
+            x = x + sinusoids(positions, self.cfg.hidden_size)
+        return dropout(x, self.cfg.hidden_dropout, key, "embedding")
+
+    def _context(self, positions: Tensor, past: int, cache: Cache | None, key: DropoutKey | None) -> Context:
+        rotary = bias = None
+        if self.cfg.position == "rotary":
+            cos, sin = rotary_angles(positions, self.cfg.rotary_dim, self.cfg.rotary_base)
+            rotary = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        elif self.cfg.position in ("alibi", "rpe"):
+            bias = self._bias(positions, past, cache)
+        return Context(rotary, bias, cache, key)
+
+    def _bias(self, positions: Tensor, past: int, cache: Cache | None) -> Tensor:
+        """What positions add to the scores, -inf at keys that come later: `[1 or B, n, S, past + S]`."""
+        keys = positions = positions if positions.ndim == 2 else positions.unsqueeze(0)
+        if cache is not None:
+            if past and cache.positions is not None:
+                before = cache.positions[:, :past]
+                rows = max(len(before), len(positions))
+                keys = torch.cat([before.expand(rows, -1), positions.expand(rows, -1)], 1)
+            cache.positions = keys
+        distance = positions.unsqueeze(-1) - keys.unsqueeze(-2)
+        cfg = self.cfg
+        if self.relative_bias is None:
+            bias = alibi_bias(distance, cfg.num_attention_heads)
+        else:
+            bias = relative_bias(distance, self.relative_bias.weight, cfg.rpe_max_distance, cfg.head_size)
+        return causal(bias, past)
+
+    def _check_length(self, length: int) -> None:
+        rows = self.cfg.max_position_embeddings
+        if (
+            self.position_embedding is not None
+            and rows is not None
+            and length + self.cfg.position_offset > rows
+        ):
+            raise UserError(
+                f"a sequence of {length} tokens, with model.position_offset {self.cfg.position_offset}, is beyond "
+                f"the {rows} learned positions: shorten it or raise model.max_position_embeddings"
+            )
+
+
+def _count_up_to(positions: Tensor, count: int) -> Tensor:
+    """Positions 0 .. count-1 in front of the others: `[..., S]` to `[..., count + S]`."""
+    before = torch.arange(count, device=positions.device).expand(*positions.shape[:-1], count)
+    return torch.cat([before, positions], -1)
 
 
 def build_model(cfg: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:

@@ -81,9 +81,12 @@ def make_store(model: nn.Module, cfg: OptimizerConfig, precision: str, arena: bo
 
 
 def low_precision_names(model: nn.Module) -> list[str]:
-    """The matrices that matrix products read: every one but an embedding that is only looked up."""
+    """The matrices that matrix products read: every one but embeddings that are only looked up."""
     tied = not any(name.startswith("head.") for name, _ in model.named_parameters())
-    return [n for n, p in model.named_parameters() if p.ndim > 1 and (tied or n != "embedding.weight")]
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    if tied:
+        tables.discard("embedding.weight")
+    return [n for n, p in model.named_parameters() if p.ndim > 1 and n not in tables]
 
 
 @torch.no_grad()
@@ -120,9 +123,24 @@ class _Store:
 
     def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
         self._model, self._cfg, self._kind, self._low = model, cfg, optimizer_kind(cfg), low
-        self._parameters = dict(model.named_parameters())
+        everything = dict(model.named_parameters())
+        self._parameters = {n: p for n, p in everything.items() if p.requires_grad}
+        if not self._parameters:
+            raise UserError("every weight of the model is frozen: there is nothing to train")
+        self._frozen = {n: p for n, p in everything.items() if not p.requires_grad}
         self._low_names = low_precision_names(model) if low else []
+        self._refresh_frozen()
         self.optimizer: torch.optim.Optimizer
+
+    @torch.no_grad()
+    def _refresh_frozen(self) -> None:
+        """Working copies of the weights that are not trained; they are no part of the optimizer."""
+        low = set(self._low_names)
+        self._frozen_working = {n: p.to(self._low) if n in low else p for n, p in self._frozen.items()}
+
+    def _masters(self) -> dict[str, Tensor]:
+        """`model.<name>` of every weight, frozen ones too, as a checkpoint holds them."""
+        return {f"model.{n}": p.detach() for n, p in (self._parameters | self._frozen).items()}
 
     def _make_optimizer(self, groups: Groups) -> None:
         self.optimizer = self._kind.make(groups, self._cfg)
@@ -163,7 +181,8 @@ class PlainStore(_Store):
     def working(self) -> dict[str, Tensor]:
         """See WeightStore."""
         low = set(self._low_names)
-        return {n: p.to(self._low) if n in low else p for n, p in self._parameters.items()}
+        trained = {n: p.to(self._low) if n in low else p for n, p in self._parameters.items()}
+        return trained | self._frozen_working
 
     def collect(self) -> None:
         """Nothing to do: backward has accumulated into the masters' own fp32 gradients."""
@@ -181,11 +200,12 @@ class PlainStore(_Store):
         self.optimizer.zero_grad(set_to_none=True)
 
     def refresh(self) -> None:
-        """Nothing to do: the casts are made anew for each forward pass."""
+        """Of use to frozen weights alone: the others' casts are made anew for each forward pass."""
+        self._refresh_frozen()
 
     def tensors(self) -> dict[str, Tensor]:
         """See WeightStore."""
-        out = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
+        out = self._masters()
         for n, p in self._parameters.items():
             out |= {f"optimizer.{n}.{m}": self.optimizer.state[p][m] for m in self._kind.moments}
         return out
@@ -246,7 +266,7 @@ class ArenaStore(_Store):
 
     def working(self) -> dict[str, Tensor]:
         """See WeightStore."""
-        return {n: w for s in self._segments for n, w in s.working.items()}
+        return {n: w for s in self._segments for n, w in s.working.items()} | self._frozen_working
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -275,18 +295,22 @@ class ArenaStore(_Store):
         """See WeightStore."""
         self._update(lr, divisor, [s.gradient for s in self._segments])
         self._empty = True
-        self.refresh()
+        self._refresh_copies()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """See WeightStore."""
+        self._refresh_copies()
+        self._refresh_frozen()
+
+    @torch.no_grad()
+    def _refresh_copies(self) -> None:
         for segment in self._segments:
             if segment.copy is not None:
                 segment.copy.copy_(segment.master)
 
     def tensors(self) -> dict[str, Tensor]:
         """See WeightStore."""
-        out = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
+        out = self._masters()
         for segment in self._segments:
             for moment in self._kind.moments:
                 flat = self.optimizer.state[segment.master][moment]

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from castalia.config import LossConfig
 from castalia.data.loader import Batch
+from castalia.model.dropout import DropoutKey
 from castalia.model.loss import linear_cross_entropy
 from castalia.model.transformer import Transformer
 from castalia.optim import WeightStore
@@ -42,8 +43,8 @@ class StepStats:
 class Engine(Protocol):
     """What the loop needs."""
 
-    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int) -> StepStats:
-        """Accumulate the gradient of the global batch's loss into the store."""
+    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
+        """Accumulate the gradient of the global batch's loss into the store; dropout depends on `step`."""
         ...
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
@@ -59,19 +60,25 @@ class LocalEngine:
         store: holder of its weights.
         loss: how losses are averaged and chunked.
         compiled: compile the model's forward and backward (one graph per shape).
+        seed: of the dropout masks.
     """
 
-    def __init__(self, model: Transformer, store: WeightStore, loss: LossConfig, compiled: bool = False) -> None:
-        self.model, self.store, self.loss = model, store, loss
+    def __init__(
+        self, model: Transformer, store: WeightStore, loss: LossConfig, compiled: bool = False, seed: int = 0
+    ) -> None:
+        self.model, self.store, self.loss, self.seed = model, store, loss, seed
         self.device = model.embedding.weight.device
+        self.drops = model.cfg.hidden_dropout > 0 or model.cfg.attention_dropout > 0
 
-        def hidden(weights: dict[str, Tensor], tokens: Tensor, positions: Tensor | None) -> Tensor:
-            out: Tensor = functional_call(model, weights, (tokens, positions))
+        def hidden(
+            weights: dict[str, Tensor], tokens: Tensor, positions: Tensor | None, dropout: DropoutKey | None
+        ) -> Tensor:
+            out: Tensor = functional_call(model, weights, (tokens, positions, None, dropout))
             return out
 
         self._hidden: Callable[..., Tensor] = torch.compile(hidden, dynamic=False) if compiled else hidden
 
-    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int) -> StepStats:
+    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
         """See Engine. `global_tokens` are the valid labels of the whole batch over all ranks."""
         by_tokens = self.loss.normalisation == "tokens"
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -81,7 +88,7 @@ class LocalEngine:
             valid = batch.num_tokens
             # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
             scale = 1.0 / (global_tokens if by_tokens else len(micro_batches) * max(valid, 1))
-            scaled, plain = self._loss(batch, scale)
+            scaled, plain = self._loss(batch, scale, self._dropout(batch, step))
             scaled.backward()
             self.store.collect()
             nll += plain
@@ -103,11 +110,19 @@ class LocalEngine:
         by_tokens = self.loss.normalisation == "tokens"
         return StepStats(nll, tokens, nll / max(tokens, 1) if by_tokens else means / max(seen, 1))
 
-    def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+    def _dropout(self, batch: Batch, step: int) -> DropoutKey | None:
+        """Which masks a micro-batch gets; None where the model drops nothing."""
+        if not self.drops:
+            return None
+        if batch.sample_ids is None:
+            raise ValueError("dropout depends on the numbers of the samples, and this batch does not carry them")
+        return DropoutKey(self.seed, step, batch.sample_ids.to(self.device))
+
+    def _loss(self, batch: Batch, scale: float, dropout: DropoutKey | None = None) -> tuple[Tensor, Tensor]:
         weights = self.store.working()
         # Positions are the default 0 .. S-1 unless documents are kept apart.
         positions = None if batch.doc_ids is None else batch.positions.to(self.device)
-        hidden = self._hidden(weights, batch.tokens.to(self.device), positions)
+        hidden = self._hidden(weights, batch.tokens.to(self.device), positions, dropout)
         head = weights[self.model.head_name]
         labels = batch.labels.to(self.device)
         return linear_cross_entropy(hidden, head, labels, scale=scale, chunk_size=self.loss.chunk_size)

@@ -50,7 +50,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 
             # One step.
             tokens = sum(batch.num_tokens for batch in micro_batches)
-            stats = run.engine.forward_backward(micro_batches, tokens)
+            stats = run.engine.forward_backward(micro_batches, tokens, spec.step)
             norm = run.store.gradient_norm()
             grad_norm = norm.item()
             if not (math.isfinite(stats.loss) and math.isfinite(grad_norm)):

@@ -257,7 +257,7 @@ class Run:
         self.data = open_data(cfg, self.steps, self.tokenizer)
         self.model = build_model(cfg.model, cfg.training.seed, self.world.device)
         self.store = make_store(self.model, cfg.optimizer, cfg.training.precision, cfg.performance.arena)
-        self.engine = LocalEngine(self.model, self.store, cfg.loss, cfg.performance.compile)
+        self.engine = LocalEngine(self.model, self.store, cfg.loss, cfg.performance.compile, cfg.training.seed)
         resumed = self._resume()
         plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, tuple(self.journal))
         self.loader = self._loader(self.data.datasets["train"], plan, cfg.performance.prefetch)

@@ -1,0 +1,101 @@
+"""Dropout masks as a function of (seed, step, place, sample, element), by counting, not drawing.
+
+    seed, step, sample numbers ──> streams [B] ─+ place, layer─> [B] ─+ row─> two words per row
+                                                                       ─+ column─> 32 bits ─> keep?
+
+There is no generator whose state could differ: the mask of an element is the same whatever
+the micro-batch, the layout, recomputation in backward, or a restart in the middle. `place` is
+what is dropped ("embedding", "attention", "mlp", "probabilities") and in which executed layer.
+
+The mixers are the finaliser of SplitMix64 (Steele et al. 2014) and a 32-bit relative with the
+constants of C. Wellons' hash search ("lowbias32"), in integer tensor operations that wrap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PLACES = ("embedding", "probabilities", "attention", "mlp")
+
+
+def _word(text: str) -> int:
+    """64 bits of a hash, signed."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+_PLACE_WORDS = {place: _word(f"dropout/{place}") for place in PLACES}
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What the masks of one forward pass depend on, besides the place.
+
+    Attributes:
+        seed: the run's.
+        step: the optimizer step.
+        sample_ids: int64 `[B]`, the global number of each row's sample.
+        streams: int64 `[B]`, all three mixed; what a forward pass reads, so that a compiled one sees
+            a tensor and not a number that changes at every step.
+    """
+
+    seed: int
+    step: int
+    sample_ids: Tensor
+    streams: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        streams = _mix64(_mix64(self.sample_ids) ^ _word(f"dropout/{self.seed}/{self.step}"))
+        object.__setattr__(self, "streams", streams)
+
+
+def dropout(x: Tensor, share: float, key: DropoutKey | None, place: str, layer: int = 0) -> Tensor:
+    """Zero a share of `x` `[B, ..., C]` and scale up the rest; `x` itself where there is no key or no share.
+
+    Args:
+        share: how many, 0 <= share < 1.
+        key: None switches dropout off.
+        place: one of PLACES.
+        layer: the executed layer (not the shared one), 0 for the embedding.
+    """
+    if key is None or share == 0.0:
+        return x
+    keep = keep_mask(key.streams, x[0].numel() // x.shape[-1], x.shape[-1], share, place, layer)
+    return torch.where(keep.view(x.shape), x * (1.0 / (1.0 - share)), 0.0)
+
+
+def keep_mask(
+    streams: Tensor, rows: int, columns: int, share: float, place: str, layer: int = 0, first_row: int = 0
+) -> Tensor:
+    """Which elements stay: bool `[B, rows, columns]`.
+
+    Args:
+        streams: int64 `[B]`, see DropoutKey.
+        first_row: number of the first row, where a caller holds only some of a sample's rows.
+    """
+    start = _mix64(_mix64(streams ^ _PLACE_WORDS[place]) + layer)
+    row = torch.arange(first_row, first_row + rows, device=streams.device)
+    words = _mix64(start[:, None] + row * -7046029254386353131)
+    # Two words, one added and one inside the mixer: rows whose first words lie close still differ.
+    low, high = words.to(torch.int32).unsqueeze(-1), (words >> 32).to(torch.int32).unsqueeze(-1)
+    x = low + torch.arange(columns, device=streams.device, dtype=torch.int32) * -1640531527
+    x = (x ^ _shift(x, 16)) * 0x7FEB352D
+    x = x ^ high
+    x = (x ^ _shift(x, 15)) * -0x7B935975
+    x = x ^ _shift(x, 16)
+    return x >= min(round(share * 2**32), 2**32 - 1) - 2**31
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
