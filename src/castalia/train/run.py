@@ -165,7 +165,8 @@ class Run:
         if dataset is None:
             return None
         cfg = self.config
-        index = self.step // cfg.evaluation.interval - 1 if cfg.evaluation.interval else 0
+        # Which validation this is; the test set is read from its start whenever it is read.
+        index = self.step // cfg.evaluation.interval - 1 if cfg.evaluation.interval and split == "valid" else 0
         spec = evaluation_spec(
             max(index, 0), cfg.evaluation.batches, cfg.training.batch_size, cfg.data.seq_length, cfg.evaluation.continuing
         )
