@@ -6,20 +6,15 @@ The Python interface (docs/contracts.md, section 6) is imported lazily, so that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from castalia.generate import generate
-    from castalia.generate import load_run as load
-    from castalia.train.run import train
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "load", "train"]
 
+# `generate` and `train` are rooms of their own that can be called.
 _HOME = {
-    "generate": ("castalia.generate.engine", "generate"),
+    "generate": ("castalia.generate", None),
     "load": ("castalia.generate.load", "load_run"),
-    "train": ("castalia.train.run", "train"),
+    "train": ("castalia.train", None),
 }
 
 
@@ -28,5 +23,6 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         module, attribute = _HOME[name]
-        return getattr(import_module(module), attribute)
+        found = import_module(module)
+        return found if attribute is None else getattr(found, attribute)
     raise AttributeError(f"module 'castalia' has no attribute {name!r}")

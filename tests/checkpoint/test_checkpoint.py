@@ -69,9 +69,7 @@ def test_views_of_flat_buffers_come_back_bit_for_bit(tmp_path: Path) -> None:
     flat, loaded = views(None)
     load_checkpoint(path, loaded)
     assert same(saved, loaded)
-    assert torch.equal(flat[10:50], loaded["model.a.weight"].flatten()[:40]), (
-        "loaded into the buffer, not beside it"
-    )
+    assert torch.equal(flat[10:50], loaded["model.a.weight"].flatten()[:40]), "loaded into the buffer, not beside it"
     assert (flat[:10] == -1).all() and (flat[-10:] == -1).all()
     assert read_state(path) == {"step": 200, "name": "Zoë"}
     assert verify_checkpoint(path) == []
@@ -163,9 +161,7 @@ def test_finding(tmp_path: Path) -> None:
     assert found is not None and found.step == 2, "latest is followed"
     (tmp_path / "step-00000002" / "state.json").unlink()
     found = find_checkpoint(tmp_path)
-    assert (
-        found is not None and found.step == 3 and "step-00000002/state.json: is missing" in found.skipped[0]
-    )
+    assert found is not None and found.step == 3 and "step-00000002/state.json: is missing" in found.skipped[0]
     (tmp_path / "latest").write_text("step-00000009\n")
     found = find_checkpoint(tmp_path)
     assert found is not None and found.step == 3 and "step-00000009: is missing" in found.skipped[0]
@@ -201,9 +197,7 @@ def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000007"]
 
 
-def test_a_kill_while_a_step_is_replaced_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, 7, {"a": torch.ones(3)}, {"value": 1})
     really = os.replace
 

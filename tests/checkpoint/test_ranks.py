@@ -61,14 +61,10 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run([sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "c"
-    assert sorted(p.name for p in directory.iterdir()) == ["latest", "step-00000003"], (
-        "no trace of the failed one"
-    )
+    assert sorted(p.name for p in directory.iterdir()) == ["latest", "step-00000003"], "no trace of the failed one"
     found = find_checkpoint(directory)
     assert found is not None and found.state == {"x": 1} and verify_checkpoint(found.path) == []
     assert len(list(found.path.glob("*.distcp"))) == 2

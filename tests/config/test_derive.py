@@ -8,9 +8,7 @@ from castalia.errors import UserError
 
 
 def test_each_value_that_follows_is_filled_in_and_explained() -> None:
-    config, lines = derive(
-        from_yaml("training: {tokens: 1_000_001, batch_size: 10}\ndata: {seq_length: 100}"), 257
-    )
+    config, lines = derive(from_yaml("training: {tokens: 1_000_001, batch_size: 10}\ndata: {seq_length: 100}"), 257)
     values = flat(config)
     expected = {
         "training.steps": 1001,
@@ -26,8 +24,7 @@ def test_each_value_that_follows_is_filled_in_and_explained() -> None:
     }
     assert {key: values[key] for key in expected} == expected
     assert lines[0] == (
-        "training.steps = 1001: training.tokens 1,000,001 / "
-        "(10 sequences x 100 tokens = 1,000 a step), rounded up"
+        "training.steps = 1001: training.tokens 1,000,001 / (10 sequences x 100 tokens = 1,000 a step), rounded up"
     )
     for key in expected.keys() - {"training.tokens"}:
         assert any(line.startswith(f"{key} = {expected[key]}: ") for line in lines), key
@@ -76,9 +73,7 @@ def test_a_run_of_no_steps_has_a_schedule() -> None:
     assert (config.training.steps, config.schedule.decay_steps, config.model.vocab_size) == (0, 1, None)
 
 
-@pytest.mark.parametrize(
-    ("ids", "multiple", "padded"), [(1, 128, 128), (128, 128, 128), (129, 128, 256), (7, 1, 7)]
-)
+@pytest.mark.parametrize(("ids", "multiple", "padded"), [(1, 128, 128), (128, 128, 128), (129, 128, 256), (7, 1, 7)])
 def test_padding(ids: int, multiple: int, padded: int) -> None:
     assert padded_vocab_size(ids, multiple) == padded
 

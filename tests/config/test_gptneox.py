@@ -285,9 +285,7 @@ def test_defaults_are_those_of_the_version(translated, compat: str, expected: di
 
 def test_dropout_is_the_default_of_v2_and_is_refused(translated) -> None:
     translated(hidden_dropout=None, attention_dropout=None)
-    with pytest.raises(
-        UserError, match=r"GPT-NeoX v2.0's default: 'hidden_dropout' \(0.1\) asks for dropout"
-    ):
+    with pytest.raises(UserError, match=r"GPT-NeoX v2.0's default: 'hidden_dropout' \(0.1\) asks for dropout"):
         translated(compat="v2.0", hidden_dropout=None)
 
 
@@ -516,9 +514,7 @@ def test_batches_that_do_not_fit(translated, given: dict[str, Any], message: str
         ({"extra_save_iters": [3]}, None, [3]),
     ],
 )
-def test_steps_of_checkpoints(
-    translated, given: dict[str, Any], interval: int | None, extra: list[int]
-) -> None:
+def test_steps_of_checkpoints(translated, given: dict[str, Any], interval: int | None, extra: list[int]) -> None:
     checkpoint = translated(**given).checkpoint
     assert (checkpoint.interval, checkpoint.extra_steps) == (interval, extra)
 

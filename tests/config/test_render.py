@@ -13,9 +13,7 @@ from castalia.errors import UserError
 
 @pytest.mark.parametrize("comments", [False, True])
 def test_all_of_it_is_written_and_read_back(comments: bool) -> None:
-    config, _ = derive(
-        load([], ["optimizer.lr=6e-4", "name='no'", "data.train_paths=[a, 'b: c', \"\\x85\"]"]), 300
-    )
+    config, _ = derive(load([], ["optimizer.lr=6e-4", "name='no'", "data.train_paths=[a, 'b: c', \"\\x85\"]"]), 300)
     text = to_yaml(config, comments)
     assert from_yaml(text).model_dump() == config.model_dump()
     assert list(parse_yaml(text, "f").values) == list(type(config).model_fields)

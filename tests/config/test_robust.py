@@ -14,9 +14,7 @@ values = st.recursive(
     | st.booleans()
     | st.integers(-3, 200)
     | st.sampled_from([2**62, 0.5, 1e-5, 1e300, 5e-324, -1.0, 0.25, float("inf"), float("nan")])
-    | st.sampled_from(
-        ["", "gelu", "swiglu", "rotary", "cosine", "linear", "1,2,3", "yes", "all", "global", "Adam"]
-    ),
+    | st.sampled_from(["", "gelu", "swiglu", "rotary", "cosine", "linear", "1,2,3", "yes", "all", "global", "Adam"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["type", "params", "lr", "betas", "enabled"]), inner, max_size=3)

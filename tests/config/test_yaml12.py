@@ -98,9 +98,7 @@ def test_bad_text_is_one_sentence_with_its_line(text: str, message: str) -> None
 
 def test_aliases_may_be_used_but_not_to_exhaust_memory() -> None:
     assert parse_yaml("a: &x [1]\nb: *x", "f.yml").values == {"a": [1], "b": [1]}
-    bomb = "a0: &a0 [x]\n" + "".join(
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
-    )
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
     with pytest.raises(UserError, match="alias"):
         parse_yaml(bomb, "f.yml")
 

@@ -134,9 +134,7 @@ def test_a_tied_head_that_differs_is_refused() -> None:
     tied = ModelConfig(**MODELS["neox tied"])
     theirs = to_huggingface(random_weights(tied), tied)
     buffers = {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}
-    same = from_huggingface(
-        theirs | buffers | {"embed_out.weight": theirs["gpt_neox.embed_in.weight"].clone()}, tied
-    )
+    same = from_huggingface(theirs | buffers | {"embed_out.weight": theirs["gpt_neox.embed_in.weight"].clone()}, tied)
     assert "head.weight" not in same
     with pytest.raises(UserError, match="set model.tie_embeddings=false"):
         from_huggingface(theirs | {"embed_out.weight": torch.zeros(64, 32)}, tied)

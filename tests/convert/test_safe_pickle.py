@@ -72,9 +72,7 @@ def test_nothing_is_executed(tmp_path: Path, archive: bool, function: Callable[.
         call = Calls(getattr, "x", "format")
     else:
         call = Calls(function, f"open({str(ran)!r}, 'w')")
-    torch.save(
-        {"module": torch.ones(2), "trap": call}, tmp_path / "x.pt", _use_new_zipfile_serialization=archive
-    )
+    torch.save({"module": torch.ones(2), "trap": call}, tmp_path / "x.pt", _use_new_zipfile_serialization=archive)
     name = function.__name__
     with pytest.raises(UserError, match=rf"x\.pt: asks for (\w+\.)?{name}, which is no tensor") as caught:
         load_pt(tmp_path / "x.pt")

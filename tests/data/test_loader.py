@@ -53,9 +53,7 @@ def test_assignment_is_that_of_gptneox() -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
-@given(
-    world=st.integers(1, 4), micro=st.integers(1, 3), accumulation=st.integers(1, 3), step=st.integers(0, 9)
-)
+@given(world=st.integers(1, 4), micro=st.integers(1, 3), accumulation=st.integers(1, 3), step=st.integers(0, 9))
 def test_layout_does_not_change_a_step(world: int, micro: int, accumulation: int, step: int) -> None:
     plan = RunPlan(world * micro * accumulation, 4, 10)
     spec = plan.at(step)
@@ -131,11 +129,7 @@ def test_closing_stops_the_thread(prefetch: int) -> None:
 
 
 def test_to_moves_every_tensor() -> None:
-    batch = Batch(
-        *(torch.zeros(1, 2, dtype=torch.int64) for _ in range(3)), extras={"reward": torch.ones(1), "x": 1}
-    )
+    batch = Batch(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(3)), extras={"reward": torch.ones(1), "x": 1})
     moved = batch.to("meta")
-    assert {t.device.type for t in (moved.tokens, moved.labels, moved.positions, moved.extras["reward"])} == {
-        "meta"
-    }
+    assert {t.device.type for t in (moved.tokens, moved.labels, moved.positions, moved.extras["reward"])} == {"meta"}
     assert moved.extras["x"] == 1 and moved.doc_ids is None

@@ -52,13 +52,8 @@ def test_golden_big() -> None:
     # The first sum was published with one digit lost (the eighth, "a", is computed here); the
     # third, published whole, holds only if doc_idx took the same draws.
     assert sha256(order.doc_idx, "<i4") == "d505beba152679599f9e3299f485c11ffa37e17b4f17b9b8b87b1df04b378b06"
-    assert (
-        sha256(order.sample_idx(), "<i4")
-        == "8656b06d98ba22f07a7831f26c2ae2637c38f5b73561b0a1a1a2a43b569d25ad"
-    )
-    assert (
-        sha256(order.shuffle_idx, "<u4") == "fe7953a732a925eaf8965c66459b867fe38a0ef4414c3426eea7766ac6210eb6"
-    )
+    assert sha256(order.sample_idx(), "<i4") == "8656b06d98ba22f07a7831f26c2ae2637c38f5b73561b0a1a1a2a43b569d25ad"
+    assert sha256(order.shuffle_idx, "<u4") == "fe7953a732a925eaf8965c66459b867fe38a0ef4414c3426eea7766ac6210eb6"
 
 
 def slow_samples(
@@ -90,9 +85,7 @@ def test_agrees_with_a_slow_loop(
     sizes: list[int], num_samples: int, length: int, seed: int, data: st.DataObject
 ) -> None:
     documents = data.draw(
-        st.lists(st.integers(0, len(sizes) - 1), min_size=1, unique=True).filter(
-            lambda ds: any(sizes[d] for d in ds)
-        )
+        st.lists(st.integers(0, len(sizes) - 1), min_size=1, unique=True).filter(lambda ds: any(sizes[d] for d in ds))
     )
     order = GPTNeoXOrder(np.array(sizes, np.int32), np.array(documents), num_samples, length, seed)
     expected = slow_samples(sizes, documents, num_samples, length, seed)

@@ -66,9 +66,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def texts_of(folder: Path) -> list[str]:
     lines = (folder / "two.jsonl").read_text().splitlines()
-    return [
-        t for t in [(folder / "one.txt").read_bytes().decode(), *(json.loads(x)["text"] for x in lines)] if t
-    ]
+    return [t for t in [(folder / "one.txt").read_bytes().decode(), *(json.loads(x)["text"] for x in lines)] if t]
 
 
 def outputs(prefix: Path) -> dict[str, bytes]:

@@ -98,9 +98,7 @@ def added(content: str, i: int, special: bool) -> dict[str, object]:
 
 
 def test_added_tokens_count_their_bytes_unless_special(bpe: HFTokenizer) -> None:
-    tokenizer = changed(
-        bpe, added_tokens=[added("  ", 300, False), added("ä€", 301, False), added("</s>", 302, True)]
-    )
+    tokenizer = changed(bpe, added_tokens=[added("  ", 300, False), added("ä€", 301, False), added("</s>", 302, True)])
     assert (tokenizer.vocab_size, tokenizer.eod) == (303, 0)
     assert tokenizer.token_bytes()[300:].tolist() == [2, 5, 0]
     assert tokenizer.encode("a  ä€</s>")[-3:] == [300, 301, 302]

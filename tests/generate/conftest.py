@@ -28,9 +28,7 @@ def make_model() -> Callable[..., Transformer]:
             "rotary_fraction": 0.5,
         }
         model = build_model(ModelConfig(**(settings | changes)), seed=0)
-        with (
-            torch.no_grad()
-        ):  # sharper than an untrained model, so that tokens differ and ties are no concern
+        with torch.no_grad():  # sharper than an untrained model, so that tokens differ and ties are no concern
             model.head_weight.mul_(20)
         return model
 

@@ -40,8 +40,7 @@ def test_cached_tokens_equal_uncached(
     model = make_model(**shape)
     prompts = ["abc", "defg", "xyz"]
     with_cache, without = (
-        generate(model, tokenizer, prompts, 12, temperature, top_k=50, seed=3, use_cache=use)
-        for use in (True, False)
+        generate(model, tokenizer, prompts, 12, temperature, top_k=50, seed=3, use_cache=use) for use in (True, False)
     )
     assert [g.tokens for g in with_cache] == [g.tokens for g in without]
     for a, b in zip(with_cache, without, strict=True):
@@ -111,9 +110,7 @@ def test_an_empty_prompt_starts_from_the_end_of_text(make_model: MakeModel, toke
         generate(model, tokenizer, "", 5)
 
 
-def test_streamed_text_adds_up_and_holds_broken_characters_back(
-    make_model: MakeModel, tokenizer: Any
-) -> None:
+def test_streamed_text_adds_up_and_holds_broken_characters_back(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model()
     pieces: dict[int, list[str]] = {0: [], 1: []}
     tokens: dict[int, list[int]] = {0: [], 1: []}

@@ -46,9 +46,7 @@ def word_tokenizer() -> HFTokenizer:
     return HFTokenizer(inner.to_str().encode())
 
 
-def test_weights_come_back_and_generate_the_same(
-    tmp_path: Path, make_model: Callable[..., Transformer]
-) -> None:
+def test_weights_come_back_and_generate_the_same(tmp_path: Path, make_model: Callable[..., Transformer]) -> None:
     model = make_model()
     save(tmp_path / "run", model, 5, ByteTokenizer())
     loaded, tokenizer = load_run(tmp_path / "run")

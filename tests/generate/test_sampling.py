@@ -116,9 +116,7 @@ def test_generators_differ_by_seed_and_index_and_repeat() -> None:
     assert values == {key: first(*key) for key in values}
 
 
-@pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 1.5}]
-)
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 1.5}])
 def test_senseless_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingSettings(**bad)  # type: ignore[arg-type]

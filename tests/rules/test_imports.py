@@ -130,12 +130,7 @@ def _rooms_used(path: str, text: str) -> Iterator[tuple[Reference, str]]:
     """The references that lead into another room, with that room."""
     for reference in references(path, text):
         parts = reference.name.split(".")
-        if (
-            parts[0] == "castalia"
-            and len(parts) > 1
-            and parts[1] != "errors"
-            and not parts[1].startswith("__")
-        ):
+        if parts[0] == "castalia" and len(parts) > 1 and parts[1] != "errors" and not parts[1].startswith("__"):
             # castalia.train and castalia.load are functions of the Python interface, and castalia.train
             # a room as well: a lower room may use neither.
             room = parts[1]

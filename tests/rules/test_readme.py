@@ -51,9 +51,7 @@ def commands(text: str) -> list[str]:
         if not word or word[0] in LEFT_OUT:
             continue
         if word[0] not in RUN:
-            raise ValueError(
-                f"README.md: '{line}' begins with none of {RUN + LEFT_OUT}: no test would run it"
-            )
+            raise ValueError(f"README.md: '{line}' begins with none of {RUN + LEFT_OUT}: no test would run it")
         found.append(line)
     return found
 
@@ -124,9 +122,7 @@ def test_the_targets_of_make_that_are_named_exist(root):
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
     for page in ("README.md", "CONTRIBUTING.md", ".ci/run"):
-        named = set(
-            re.findall(r"(?:^|`)make ([a-z]+)", (root / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
-        )
+        named = set(re.findall(r"(?:^|`)make ([a-z]+)", (root / page).read_text(encoding="utf-8"), flags=re.MULTILINE))
         assert named and named <= targets, page
 
 
@@ -151,7 +147,5 @@ def test_a_command_that_fails_is_seen(tmp_path):
 
 
 def test_a_dead_link_is_seen(tmp_path):
-    (tmp_path / "a.md").write_text(
-        "[a](a.md) [b](https://example.org) ![c](c.png) [d](a.md#part) [e](e.md#part)"
-    )
+    (tmp_path / "a.md").write_text("[a](a.md) [b](https://example.org) ![c](c.png) [d](a.md#part) [e](e.md#part)")
     assert dead_links(tmp_path, ["a.md"]) == ["a.md: c.png", "a.md: e.md"]

@@ -156,9 +156,7 @@ def test_a_diverged_run(tmp_path: Path) -> None:
 def test_comparison_and_samples(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     rows = [{"name": "xz -9", "bits_per_byte": 2.5, "note": "alone"}]
-    (run / "comparison.json").write_text(
-        json.dumps({"train_bytes": 10**7, "valid_bytes": 10**6, "rows": rows})
-    )
+    (run / "comparison.json").write_text(json.dumps({"train_bytes": 10**7, "valid_bytes": 10**6, "rows": rows}))
     (run / "samples.json").write_text(json.dumps([{"prompt": "Once <", "text": " upon &", "step": 100}]))
     page = page_of(tmp_path, run)
     assert "10.00 MB of training text, 1.00 MB of unseen text" in page

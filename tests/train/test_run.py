@@ -25,7 +25,8 @@ def weights(run):
 
 
 def changed(values, **sections):
-    return Config.model_validate({k: (v | sections.get(k, {}) if isinstance(v, dict) else v) for k, v in values.items()})
+    merged = {k: (v | sections.get(k, {}) if isinstance(v, dict) else v) for k, v in values.items()}
+    return Config.model_validate({k: v for k, v in sections.items() if k not in merged} | merged)
 
 
 def same(a, b):
@@ -156,3 +157,18 @@ def test_environment_is_recorded(tiny_config):
     run = train(tiny_config, quiet=True)
     facts = json.loads((run.directory / "environment.json").read_text())
     assert facts["device"] == "cpu" and facts["fp32_matmul"] in ("medium", "highest")
+
+
+def test_a_longer_run_that_would_shuffle_the_data_anew_is_refused(tiny_values):
+    """GPT-NeoX's order depends on the number of epochs, and so on the run's length."""
+    values = changed(tiny_values, schedule={"decay_steps": 12})
+    train(values, quiet=True)
+    longer = changed(tiny_values, schedule={"decay_steps": 12}, training={"steps": 400})
+    with pytest.raises(UserError, match="epochs"):
+        train(longer, quiet=True)
+
+
+def test_a_run_is_prolonged_where_the_order_stays(tiny_values):
+    train(changed(tiny_values, schedule={"decay_steps": 12}), quiet=True)
+    run = train(changed(tiny_values, schedule={"decay_steps": 12}, training={"steps": 14}), quiet=True)
+    assert run.step == 14

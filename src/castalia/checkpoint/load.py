@@ -69,9 +69,7 @@ def find_checkpoint(directory: Path, step: int | None = None, verify: bool = Tru
     if step is not None:
         if step not in candidates:
             there = ", ".join(map(str, sorted(candidates))) or "none"
-            raise UserError(
-                f"{directory}: there is no checkpoint of step {step}: choose one of those there ({there})"
-            )
+            raise UserError(f"{directory}: there is no checkpoint of step {step}: choose one of those there ({there})")
         problems = problems_of(candidates[step], verify)
         if problems:
             raise UserError(f"{_few(problems)}: choose the checkpoint of another step")
@@ -83,9 +81,7 @@ def find_checkpoint(directory: Path, step: int | None = None, verify: bool = Tru
         if named in candidates:
             order = [named, *(s for s in order if s != named)]
         else:
-            skipped.append(
-                f"{directory / step_name(named)}: is missing, though {directory / LATEST} names it"
-            )
+            skipped.append(f"{directory / step_name(named)}: is missing, though {directory / LATEST} names it")
     for candidate in order:
         path = candidates[candidate]
         problems = problems_of(path, verify)
@@ -95,8 +91,7 @@ def find_checkpoint(directory: Path, step: int | None = None, verify: bool = Tru
     if not skipped:
         return None
     raise UserError(
-        f"{directory}: no checkpoint is whole ({_few(skipped)}): "
-        "restore one, or remove the folder to start anew"
+        f"{directory}: no checkpoint is whole ({_few(skipped)}): restore one, or remove the folder to start anew"
     )
 
 
@@ -132,15 +127,11 @@ def load_checkpoint(
         ("has other shapes:", other),
     ):
         if names:
-            raise UserError(
-                f"{path}: {text} {_few(names, ', ')}: use the configuration that it was trained with"
-            )
+            raise UserError(f"{path}: {text} {_few(names, ', ')}: use the configuration that it was trained with")
     alone = not (dist.is_available() and dist.is_initialized())
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="torch.distributed is"
-            )  # one process: just what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # one process: just what is meant
             load(dict(flat), storage_reader=CautiousReader(path), process_group=process_group, no_dist=alone)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
@@ -169,12 +160,9 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         LookupError,
     ) as error:
         raise UserError(
-            f"{Path(path) / '.metadata'}: cannot be read ({_first_line(error)}): "
-            "choose the checkpoint of another step"
+            f"{Path(path) / '.metadata'}: cannot be read ({_first_line(error)}): choose the checkpoint of another step"
         ) from error
-    return {
-        name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
-    }
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_state(path: Path) -> dict[str, Any]:

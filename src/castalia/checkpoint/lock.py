@@ -40,14 +40,12 @@ class RunLock:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = (
-                os.pread(handle, 1000, 0).decode(errors="replace").strip()
-                or "a process that has not said its name"
+                os.pread(handle, 1000, 0).decode(errors="replace").strip() or "a process that has not said its name"
             )
             os.close(handle)
             if isinstance(error, BlockingIOError):
                 raise UserError(
-                    f"{self.path}: {holder} is using this run: "
-                    "wait for it to end, stop it, or choose another folder"
+                    f"{self.path}: {holder} is using this run: wait for it to end, stop it, or choose another folder"
                 ) from None
             raise UserError(
                 f"{self.path}: the run's folder cannot be locked ({error.strerror}): "

@@ -147,9 +147,7 @@ def _prune(directory: Path, newest: Path, keep_last: int | None) -> None:
     if keep_last is None:
         return
     steps = {path.name: step_of(path.name) for path in directory.iterdir() if path != newest}
-    names = sorted(
-        (n for n, step in steps.items() if step is not None), key=lambda n: steps[n] or 0, reverse=True
-    )
+    names = sorted((n for n, step in steps.items() if step is not None), key=lambda n: steps[n] or 0, reverse=True)
     # What is broken is nobody's spare copy: it is neither counted nor deleted.
     whole = [name for name in names if not problems_of(directory / name, hashes=False)]
     for name in whole[keep_last - 1 :]:
@@ -223,11 +221,7 @@ def _reported(directory: Path, step: int) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        causes = (
-            [pair[0] for pair in error.failures.values()]
-            if isinstance(error, CheckpointException)
-            else [error]
-        )
+        causes = [pair[0] for pair in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         refused = next((c for c in causes if isinstance(c, OSError)), None)
         if refused is None or any(not isinstance(c, Exception) for c in causes):
             raise next((c for c in causes if not isinstance(c, Exception)), causes[0]) from None

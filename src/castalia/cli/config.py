@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from castalia.cli import split_settings
-from castalia.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,6 @@ def run(args: argparse.Namespace) -> int:
     """Print what was asked for."""
     from castalia.config import load, notes
     from castalia.config.derive import derive
-    from castalia.config.load import known_keys, nearest
     from castalia.config.render import explain, to_yaml
     from castalia.tools.plan import tokenizer_vocabulary
 
@@ -36,8 +34,5 @@ def run(args: argparse.Namespace) -> int:
             print(line)
         print("the configuration is right")
     else:
-        if args.key not in known_keys():
-            near = nearest(args.key, known_keys())
-            raise UserError(f"unknown key '{args.key}'" + (f"; did you mean '{near}'?" if near else ""))
         print(explain(config, args.key))
     return 0

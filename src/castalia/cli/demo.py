@@ -9,7 +9,9 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("--corpus", metavar="FILE", help="your own text (.txt, .jsonl, a folder) instead of the standard library")
+    parser.add_argument(
+        "--corpus", metavar="FILE", help="your own text (.txt, .jsonl, a folder) instead of the standard library"
+    )
     parser.add_argument("--folder", default=".", help="write data/demo and runs/demo below this folder (default: here)")
     parser.add_argument("--minutes", type=float, default=3.0, help="how long to train (default 3)")
     parser.add_argument("--prompt", default="def ", help="what the sample at the end continues")

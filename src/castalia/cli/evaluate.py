@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from castalia.data.store import TokenStore
     from castalia.errors import UserError
     from castalia.evaluate.perplexity import score_store
-    from castalia.generate import load_run
+    from castalia.generate.load import load_run
     from castalia.model.kernels import choose_fp32_matmul
 
     choose_fp32_matmul(torch.device("cpu"))
@@ -32,14 +32,16 @@ def run(args: argparse.Namespace) -> int:
     store = TokenStore(args.data)
     made_with = (store.info or {}).get("tokenizer", {})
     if made_with and made_with.get("sha256") != tokenizer.identity()["sha256"]:
-        raise UserError(f"{args.data}: was made with another tokenizer than {args.run}'s: prepare it with the run's own")
+        raise UserError(
+            f"{args.data}: was made with another tokenizer than {args.run}'s: prepare it with the run's own"
+        )
     seq_length = load([f"{args.run}/config.yaml"]).data.seq_length
     score = score_store(model, tokenizer, store, seq_length, args.stride, max_tokens=args.max_tokens)
     if args.json:
         print(json.dumps(score.as_dict()))
     else:
         print(
-            f"{score.bits_per_byte:.4f} bits per byte, {score.loss:.4f} nats per token, perplexity {score.perplexity:.2f} "
-            f"({score.tokens:,} tokens, {score.bytes:,} bytes)"
+            f"{score.bits_per_byte:.4f} bits per byte, {score.loss:.4f} nats per token, "
+            f"perplexity {score.perplexity:.2f} ({score.tokens:,} tokens, {score.bytes:,} bytes)"
         )
     return 0

@@ -10,7 +10,9 @@ import sys
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times (default: none)")
+    parser.add_argument(
+        "--prompt", action="append", help="text to continue; may be given several times (default: none)"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, help="new tokens (default 128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest")
@@ -26,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation."""
     import torch
 
-    from castalia.generate import generate, load_run
+    from castalia.generate.engine import generate
+    from castalia.generate.load import load_run
     from castalia.model.kernels import choose_fp32_matmul
 
     choose_fp32_matmul(torch.device("cpu"))
@@ -57,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(("\n" if number else "") + f"{prompts[number]}{result.text}")
     return 0
-
 
 
 def _show(index: int, token: int, text: str) -> None:

@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "train":
         if Path(args.output).exists() and not args.overwrite:
             raise UserError(f"{args.output} exists already: choose another output, or say --overwrite")
-        tokenizer = train_bpe((d.text for d in iter_documents(args.inputs, args.text_key)), args.vocab_size)
-        save_tokenizer(tokenizer, args.output)
-        print(f"{args.output}: {tokenizer.get_vocab_size()} ids", file=sys.stderr)
+        trained = train_bpe((d.text for d in iter_documents(args.inputs, args.text_key)), args.vocab_size)
+        save_tokenizer(trained, args.output)
+        print(f"{args.output}: {trained.get_vocab_size()} ids", file=sys.stderr)
         return 0
     tokenizer = load_tokenizer(args.tokenizer)
     answer = tokenizer.identity()

@@ -84,9 +84,7 @@ def _training(config: Config, out: _Derivation) -> None:
             f"training.tokens {tokens:,} / ({training.batch_size} sequences "
             f"x {config.data.seq_length} tokens = {per_step:,} a step), rounded up",
         )
-    out.fill(
-        "training.micro_batch_size", training.batch_size, "the whole batch of training.batch_size at once"
-    )
+    out.fill("training.micro_batch_size", training.batch_size, "the whole batch of training.batch_size at once")
     out.fill("schedule.decay_steps", max(steps, 1), "the decay lasts as long as the training, training.steps")
     horizon = schedule.decay_steps or max(steps, 1)
     if schedule.warmup_steps is None and schedule.warmup > 0:

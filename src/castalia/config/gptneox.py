@@ -127,9 +127,7 @@ def _merge(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Given
             if key not in KNOWN:
                 raise UserError(f"{here}: GPT-NeoX has no key '{key}'{near(key)}")
             if key in given.values:
-                raise UserError(
-                    f"{here}: '{key}' was given already at {given.origins[key]}: remove one of the two"
-                )
+                raise UserError(f"{here}: '{key}' was given already at {given.origins[key]}: remove one of the two")
             given.values[key], given.origins[key] = value, here
     for raw, value in overwrite.items():
         given.values[normalise(raw)], given.origins[normalise(raw)] = value, Origin("command line")
@@ -162,9 +160,7 @@ def _notes(given: Given, values: Mapping[str, Any], became: Mapping[str, list[st
         if value is None:
             yield f"{key}: null, as if it were not given"
         elif key in became:
-            yield f"{key}: became " + ", ".join(
-                f"{ours} {values[ours]}" for ours in dict.fromkeys(became[key])
-            )
+            yield f"{key}: became " + ", ".join(f"{ours} {values[ours]}" for ours in dict.fromkeys(became[key]))
         elif key not in REPORTED:
             yield f"{key}: asks for nothing that would have to be set here"
 

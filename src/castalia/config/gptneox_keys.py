@@ -47,9 +47,7 @@ class Refused:
     @property
     def instead(self) -> str:
         """What to do about it."""
-        values = [
-            str(v).lower() if isinstance(v, bool) else str(v) for v in self.harmless if v not in ([], {})
-        ]
+        values = [str(v).lower() if isinstance(v, bool) else str(v) for v in self.harmless if v not in ([], {})]
         return f"remove it, or set it to {' or '.join(values)}" if values else "remove it"
 
     def asks(self, value: Any) -> bool:
@@ -228,10 +226,7 @@ REPORTED: dict[str, str] = {key: why for why, keys in _REPORTED.items() for key 
 
 _SPLITS = ("train", "valid", "test")
 _SPECIAL_DATA = [f"{split}_{kind}_data_paths" for split in _SPLITS for kind in ("label", "reward")] + [
-    f"{sign}_{split}{label}_data_paths"
-    for sign in ("pos", "neg")
-    for split in _SPLITS
-    for label in ("", "_label")
+    f"{sign}_{split}{label}_data_paths" for sign in ("pos", "neg") for split in _SPLITS for label in ("", "_label")
 ]
 REFUSED: dict[str, Refused] = {
     "pipe_parallel_size": Refused("pipeline parallelism", (0, 1)),

@@ -23,18 +23,14 @@ _ACTIVATIONS = {
     "reglu": "reglu",
 }
 _POSITIONS = {"rotary": "rotary", "none": "none"}
-_INITS = {
-    n: n for n in ("normal", "scaled_normal", "small_init", "wang_init", "single_residual_scaled_normal")
-}
+_INITS = {n: n for n in ("normal", "scaled_normal", "small_init", "wang_init", "single_residual_scaled_normal")}
 
 
 def norm(given: Given) -> str:
     """Which norm. v2.0's RMSNorm adds epsilon outside the root, which is another function."""
     name = given.choose("norm", _NORMS)
     if name == "rmsnorm" and given.compat == "v2.0":
-        given.unsupported(
-            "norm", "v2.0's RMSNorm, with its epsilon outside the root", "use layernorm or compat: main"
-        )
+        given.unsupported("norm", "v2.0's RMSNorm, with its epsilon outside the root", "use layernorm or compat: main")
     return name
 
 
@@ -69,12 +65,7 @@ def intermediate_size(given: Given) -> int:
             f"gives an MLP whose matrices do not fit: {rows} rows in the first, where the {columns} columns "
             f"of the second need {expected}; change intermediate_size or mlp_multiple_of",
         )
-    if (
-        gated
-        and "intermediate_size" not in given
-        and "expansion_factor" not in given
-        and given["mlp_multiple_of"] == 1
-    ):
+    if gated and "intermediate_size" not in given and "expansion_factor" not in given and given["mlp_multiple_of"] == 1:
         given.remarks.append(
             f"activation: main's gated MLP has an inner width of a third of 4 x hidden_size, here {columns}, "
             f"so half the parameters of a plain one; intermediate_size = 3 x the wanted width changes it"
@@ -106,9 +97,7 @@ def attention(given: Given) -> None:
     kinds = expand_attention(given, layers)
     other = sorted({kind for kind in kinds if kind not in ("global", "flash")})
     if other:
-        given.unsupported(
-            "attention_config", f"layers of kind {', '.join(other)}", "use global or flash in all"
-        )
+        given.unsupported("attention_config", f"layers of kind {', '.join(other)}", "use global or flash in all")
     window = given["sliding_window_width"]
     if window is not None and window + 1 < given.required("seq_length"):
         given.unsupported("sliding_window_width", "a sliding window", "remove it")
@@ -125,9 +114,7 @@ def expand_attention(given: Given, layers: int) -> list[str]:
             kinds.append(item)
             continue
         if not (isinstance(item, list) and len(item) == 2 and _is_words(item[0])):
-            given.fail(
-                "attention_config", f"has {str(item)[:60]}, which is neither a kind nor [[kinds], times]"
-            )
+            given.fail("attention_config", f"has {str(item)[:60]}, which is neither a kind nor [[kinds], times]")
         pattern, times = item
         if times == "all":
             if layers % len(pattern):

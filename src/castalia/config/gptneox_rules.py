@@ -167,11 +167,7 @@ def precision(given: Given) -> str:
     if given.compat == "v2.0":
         return _precision_v2(given)
     said = given["precision"]
-    kind = (
-        "fp32"
-        if said is None
-        else given.choose("precision", {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"})
-    )
+    kind = "fp32" if said is None else given.choose("precision", {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"})
     for block, meant in (("fp16", "fp16"), ("bf16", "bf16")):
         if (given[block] or {}).get("enabled"):
             if said is not None and kind != meant:

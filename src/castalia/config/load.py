@@ -140,9 +140,7 @@ def check(tree: Tree) -> Config:
     except ValidationError as error:
         raise UserError(_sentence(error, tree)) from None
     except OverflowError:
-        raise UserError(
-            "a number in the configuration is too large to reckon with: make it smaller"
-        ) from None
+        raise UserError("a number in the configuration is too large to reckon with: make it smaller") from None
     config._origins.update(tree.origins)
     config._notes.extend(tree.notes)
     return config
@@ -257,9 +255,7 @@ def _split_override(text: str) -> tuple[str, Any]:
 
 def _override(tree: Tree, key: str, value: Any) -> None:
     if key in _SECTIONS:
-        raise UserError(
-            f"command line: '{key}' is a section: give one of its keys, for example {_example(key)}"
-        )
+        raise UserError(f"command line: '{key}' is a section: give one of its keys, for example {_example(key)}")
     tree.values[key], tree.origins[key] = value, COMMAND_LINE
 
 

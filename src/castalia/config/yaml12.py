@@ -86,9 +86,7 @@ def read_yaml(path: str | Path) -> Document:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(
-            f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise UserError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return parse_yaml(text, str(path))
 
 
@@ -98,9 +96,7 @@ def parse_yaml(text: str, path: str) -> Document:
     if node is None:
         return Document(path, {}, {})
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(
-            f"{path}:{node.start_mark.line + 1}: expected `key: value` pairs at the top of the file"
-        )
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected `key: value` pairs at the top of the file")
     reader = _Reader(path)
     return Document(path, reader.plain(node, ()), reader.lines)
 
@@ -168,9 +164,7 @@ class _Reader:
             key = str(key_node.value)
             if key in out:
                 first = self.lines[(*at, key)]
-                raise UserError(
-                    f"{self.path}:{line}: key '{key}' was given before, at line {first}: keep one"
-                )
+                raise UserError(f"{self.path}:{line}: key '{key}' was given before, at line {first}: keep one")
             self.lines[(*at, key)] = line
             out[key] = self.plain(value_node, (*at, key))
         return out

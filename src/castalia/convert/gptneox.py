@@ -62,9 +62,7 @@ def load_gptneox_checkpoint(path: Path, model: ModelConfig, step: int | None = N
     folder = path if path.is_file() else _step_folder(path, step)
     heads = [path] if path.is_file() else _files(folder, r"mp_rank_(\d+)_model_states\.pt")
     if not heads:
-        raise UserError(
-            f"{folder}: holds no mp_rank_*_model_states.pt: give the folder global_stepN of a checkpoint"
-        )
+        raise UserError(f"{folder}: holds no mp_rank_*_model_states.pt: give the folder global_stepN of a checkpoint")
     loaded = [_mapping(load_pt(file), file) for file in heads]
     args = dict(loaded[0].get("args") or {})
     _check_args(args, model, folder)
@@ -94,23 +92,17 @@ def _step_folder(path: Path, step: int | None) -> Path:
 
 def _files(folder: Path, pattern: str) -> list[Path]:
     """Files of a folder by the numbers in their names."""
-    found = [
-        (tuple(map(int, m.groups())), p) for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))
-    ]
+    found = [(tuple(map(int, m.groups())), p) for p in folder.iterdir() if (m := re.fullmatch(pattern, p.name))]
     return [file for _, file in sorted(found)]
 
 
 def _mapping(content: Any, file: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"{file}: is no part of a GPT-NeoX checkpoint (a {type(content).__name__}): check the path"
-        )
+        raise UserError(f"{file}: is no part of a GPT-NeoX checkpoint (a {type(content).__name__}): check the path")
     return content
 
 
-def _rank_modules(
-    folder: Path, heads: list[Path], loaded: list[Mapping[str, Any]]
-) -> list[dict[str, Tensor]]:
+def _rank_modules(folder: Path, heads: list[Path], loaded: list[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
     """Each tensor-parallel rank's tensors by `I.NAME`, whichever the layout."""
     layers = [] if folder.is_file() else _files(folder, r"layer_(\d+)-model_(\d+)-model_states\.pt")
     if layers:
@@ -173,9 +165,7 @@ def _optimizer(
     moments = {
         key: to_ours(
             rows,
-            _merge(
-                rows, [{n: s[key] for n, s in state.items()} for state in states], model, str(folder), True
-            ),
+            _merge(rows, [{n: s[key] for n, s in state.items()} for state in states], model, str(folder), True),
             f"{folder} (optimizer)",
         )
         for key in ("exp_avg", "exp_avg_sq")
@@ -188,9 +178,7 @@ def _optimizer(
     }
 
 
-def _optimizer_by_name(
-    module: Mapping[str, Tensor], optimizer: Any, what: str
-) -> dict[str, dict[str, Any]] | None:
+def _optimizer_by_name(module: Mapping[str, Tensor], optimizer: Any, what: str) -> dict[str, dict[str, Any]] | None:
     """torch numbers an optimizer's parameters group by group; this finds the name behind each number.
 
     GPT-NeoX walks its modules in order (as a state dict lists them) and deals their parameters into a group
@@ -203,9 +191,7 @@ def _optimizer_by_name(
     groups = [list(group["params"]) for group in optimizer["param_groups"]]
     names = [list(module)] if len(groups) == 1 else [decayed, others]
     if [len(g) for g in groups] != [len(n) for n in names]:
-        raise UserError(
-            f"{what}: the optimizer's parameters are not those of the model: import the weights alone"
-        )
+        raise UserError(f"{what}: the optimizer's parameters are not those of the model: import the weights alone")
     found: dict[str, dict[str, Any]] = {}
     for numbers, group in zip(groups, names, strict=True):
         for number, name in zip(numbers, group, strict=True):

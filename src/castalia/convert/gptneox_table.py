@@ -71,21 +71,15 @@ def _layer_rows(model: ModelConfig, ours: str, theirs: str, naming: Naming) -> l
     kinds = ("weight", "bias") if model.attention_bias else ("weight",)
     rows = _norm_rows(model, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
     for kind in kinds:
-        rows.append(
-            _qkv_row(model, f"{ours}.attention.qkv.{kind}", f"{theirs}.attention.query_key_value.{kind}")
-        )
-    rows += [
-        _output_row(f"{ours}.attention.out.{kind}", f"{theirs}.attention.dense.{kind}") for kind in kinds
-    ]
+        rows.append(_qkv_row(model, f"{ours}.attention.qkv.{kind}", f"{theirs}.attention.query_key_value.{kind}"))
+    rows += [_output_row(f"{ours}.attention.out.{kind}", f"{theirs}.attention.dense.{kind}") for kind in kinds]
     rows += _norm_rows(model, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
     *inner, outer = _MLP_NAMES[naming]
     for kind in ("weight", "bias") if model.mlp_bias else ("weight",):
         up, gate, down = (f"{ours}.mlp.{part}.{kind}" for part in ("up", "gate", "down"))
         names = [f"{theirs}.mlp.{name}.{kind}" for name in inner]
         if naming == "w123":
-            rows += [
-                NeoXRow((our,), (name,), sharding="rows") for our, name in zip((gate, up), names, strict=True)
-            ]
+            rows += [NeoXRow((our,), (name,), sharding="rows") for our, name in zip((gate, up), names, strict=True)]
         elif model.gated:
             rows.append(NeoXRow((up, gate), (names[0],), _stack, _halves, "rows", (1, 1)))
         else:
@@ -184,13 +178,8 @@ def to_gptneox(
         UserError: a weight is missing or left over, or a tensor cannot be shared evenly.
     """
     rows = table(model, naming)
-    if any(
-        size % ranks
-        for size in (model.num_attention_heads, model.kv_heads, model.mlp_size, model.hidden_size)
-    ):
-        raise UserError(
-            f"tensor parallel {ranks}: heads, key/value heads, hidden and MLP size must divide by it"
-        )
+    if any(size % ranks for size in (model.num_attention_heads, model.kv_heads, model.mlp_size, model.hidden_size)):
+        raise UserError(f"tensor parallel {ranks}: heads, key/value heads, hidden and MLP size must divide by it")
     whole = to_theirs(rows, weights, "the weights")
     state: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for row in rows:

@@ -79,15 +79,12 @@ def from_huggingface(state_dict: Mapping[str, Tensor], model: ModelConfig) -> di
         embedding = next(row.theirs[0] for row in rows if row.ours == ("embedding.weight",))
         if not torch.equal(found.pop(head), found.get(embedding, torch.empty(0))):
             raise UserError(
-                f"{head}: differs from {embedding}, though the configuration ties them: "
-                "set model.tie_embeddings=false"
+                f"{head}: differs from {embedding}, though the configuration ties them: set model.tie_embeddings=false"
             )
     return {name: tensor.float() for name, tensor in to_ours(rows, found, "the Hugging Face weights").items()}
 
 
-def huggingface_config(
-    model: ModelConfig, *, eod: int | None = None, dtype: str = "float32"
-) -> dict[str, Any]:
+def huggingface_config(model: ModelConfig, *, eod: int | None = None, dtype: str = "float32") -> dict[str, Any]:
     """config.json of a model.
 
     Args:
@@ -133,9 +130,7 @@ def model_config_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type = hf_config.get("model_type")
     if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"model_type: '{model_type}' cannot be imported: known are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise UserError(f"model_type: '{model_type}' cannot be imported: known are {', '.join(sorted(ARCHITECTURES))}")
     try:
         common = {
             "num_layers": hf_config["num_hidden_layers"],
@@ -164,9 +159,7 @@ def architecture_of(model: ModelConfig) -> Architecture:
         if not obstacles:
             return architecture
         reasons.append(f"{architecture.class_name} needs {', '.join(obstacles)}")
-    raise UserError(
-        f"model: Hugging Face's classes do not compute it ({'; '.join(reasons)}): export it as GPT-NeoX"
-    )
+    raise UserError(f"model: Hugging Face's classes do not compute it ({'; '.join(reasons)}): export it as GPT-NeoX")
 
 
 def _unmet(*needs: tuple[str, bool]) -> list[str]:
@@ -322,9 +315,7 @@ def _activation(name: str, known: Mapping[str, str]) -> str:
     raise UserError(f"hidden_act: '{name}' cannot be imported: known are {', '.join(sorted(known.values()))}")
 
 
-def _rope(
-    config: Mapping[str, Any], base_key: str, fraction_key: str, fraction: float
-) -> tuple[float, float]:
+def _rope(config: Mapping[str, Any], base_key: str, fraction_key: str, fraction: float) -> tuple[float, float]:
     """Rotary base and fraction, from transformers 5's `rope_parameters` or the names before it."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))

@@ -105,9 +105,7 @@ class Loader:
         eod_mask_loss: bool = False,
     ) -> None:
         if eod_mask_loss and eod is None:
-            raise UserError(
-                "data.eod_mask_loss needs a tokenizer with an end-of-document token, and this one has none"
-            )
+            raise UserError("data.eod_mask_loss needs a tokenizer with an end-of-document token, and this one has none")
         if plan.seq_length > dataset.seq_length:
             raise UserError(
                 f"the plan's sequences of {plan.seq_length} tokens are longer than the data set's samples "

@@ -60,9 +60,7 @@ class GPTNeoXOrder:
         seed: int,
     ) -> None:
         if seq_length < 1 or num_samples < 0:
-            raise ValueError(
-                f"seq_length {seq_length} and num_samples {num_samples} must not be below 1 and 0"
-            )
+            raise ValueError(f"seq_length {seq_length} and num_samples {num_samples} must not be below 1 and 0")
         if isinstance(documents, tuple):
             documents = np.arange(*documents, dtype=np.int32)
         self.seq_length = seq_length
@@ -156,9 +154,7 @@ def split_documents(
     shares += [0.0] * (3 - len(shares))
     total = sum(shares)
     if not math.isfinite(total) or total <= 0 or min(shares) < 0:
-        raise UserError(
-            f'data.split is {split!r}: give shares such as "969,30,1", none negative, not all zero'
-        )
+        raise UserError(f'data.split is {split!r}: give shares such as "969,30,1", none negative, not all zero')
     bounds = [0]
     for share in shares:
         bounds.append(bounds[-1] + round(share / total * num_documents))
@@ -223,8 +219,6 @@ def weights_by_num_documents(num_documents: Sequence[int], alpha: float) -> list
 def _normalised(weights: Sequence[float]) -> np.ndarray:
     array = np.asarray(weights, np.float64)
     if array.size == 0 or not np.isfinite(array).all() or (array < 0).any() or array.sum() <= 0:
-        raise UserError(
-            f"the weights {list(weights)} do not make a blend: give numbers above 0, one for each data set"
-        )
+        raise UserError(f"the weights {list(weights)} do not make a blend: give numbers above 0, one for each data set")
     normalised: np.ndarray = array / array.sum()
     return normalised

@@ -141,9 +141,7 @@ class RunPlan:
         return last.first_sample + last.num_samples
 
 
-def evaluation_spec(
-    index: int, batches: int, batch_size: int, seq_length: int, continuing: bool = False
-) -> StepSpec:
+def evaluation_spec(index: int, batches: int, batch_size: int, seq_length: int, continuing: bool = False) -> StepSpec:
     """The samples of the `index`-th evaluation of a run, counted from 0.
 
     Natively every evaluation takes the same `batches * batch_size` samples, so that its
@@ -154,9 +152,7 @@ def evaluation_spec(
     return StepSpec(index, index * count if continuing else 0, count, seq_length)
 
 
-def evaluation_samples(
-    steps: int, interval: int, batches: int, batch_size: int, continuing: bool = False
-) -> int:
+def evaluation_samples(steps: int, interval: int, batches: int, batch_size: int, continuing: bool = False) -> int:
     """Samples to build the validation order for.
 
     `continuing`: GPT-NeoX's request, (steps // interval + 1) evaluations, which decides its order.

@@ -91,13 +91,10 @@ def prepare(
     """
     if append_eod and tokenizer.eod is None:
         raise UserError(
-            "the tokenizer has no end-of-document token to append: "
-            "use another, or turn appending off (--no-append-eod)"
+            "the tokenizer has no end-of-document token to append: use another, or turn appending off (--no-append-eod)"
         )
     if is_finished(output_prefix) and not overwrite:
-        raise UserError(
-            f"{os.fspath(output_prefix)}.idx exists already: choose another output, or say --overwrite"
-        )
+        raise UserError(f"{os.fspath(output_prefix)}.idx exists already: choose another output, or say --overwrite")
     workers = workers or os.cpu_count() or 1
     ending = np.array([tokenizer.eod] if append_eod else [], token_dtype(tokenizer.vocab_size))
     with _signals_raise(), StoreWriter(output_prefix, ending.dtype) as writer:
@@ -220,8 +217,7 @@ def _signals_raise() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(
-            f"stopped by {signal.Signals(number).name}: no data set was written, "
-            f"and the same command starts afresh"
+            f"stopped by {signal.Signals(number).name}: no data set was written, and the same command starts afresh"
         )
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -125,9 +125,7 @@ def _text_of(value: Any, text_key: str, where: str) -> str:
     if isinstance(value, dict):
         if text_key not in value:
             keys = ", ".join(map(str, value)) or "none"
-            raise UserError(
-                f"{where} has no key {text_key!r} (keys found: {keys}): name the key with --text-key"
-            )
+            raise UserError(f"{where} has no key {text_key!r} (keys found: {keys}): name the key with --text-key")
         value = value[text_key]
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             return "\n\n".join(value)

@@ -78,9 +78,7 @@ class BlendedDataset:
 
     def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[float], num_samples: int) -> None:
         if len(datasets) != len(weights):
-            raise UserError(
-                f"{len(datasets)} data sets have {len(weights)} weights: give one weight for each"
-            )
+            raise UserError(f"{len(datasets)} data sets have {len(weights)} weights: give one weight for each")
         lengths = {dataset.seq_length for dataset in datasets}
         if len(lengths) != 1:
             raise ValueError(f"the parts of a blend have several sequence lengths: {sorted(lengths)}")
@@ -93,9 +91,7 @@ class BlendedDataset:
 
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
-            raise UserError(
-                f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps"
-            )
+            raise UserError(f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps")
         return int(self.dataset_index[i]), int(self.dataset_sample_index[i])
 
     def __getitem__(self, i: int) -> np.ndarray:

@@ -33,8 +33,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of doc_idx
 # GPT-NeoX's codes. Megatron-core swaps the two floating-point ones; token dtypes agree.
 DTYPES: Mapping[int, np.dtype[Any]] = {
-    code: np.dtype(name)
-    for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
+    code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
 }
 UINT16_VOCABULARY = 65500  # GPT-NeoX's threshold: vocabularies below it are stored as uint16
 _CHUNK = 1 << 20  # entries handled at once, so that a large index needs little memory
@@ -94,8 +93,7 @@ class TokenStore:
                 )
         if not is_finished(prefix):
             raise UserError(
-                f"{self.prefix} was left unfinished by an interrupted `castalia prepare`: "
-                f"run the same command again"
+                f"{self.prefix} was left unfinished by an interrupted `castalia prepare`: run the same command again"
             )
         self._index: np.ndarray = _map(self.idx_path, np.dtype("u1"))
         self.dtype, self._num_sequences, num_doc_idx = self._read_header()
@@ -120,9 +118,7 @@ class TokenStore:
                 f"convert it to the mmap format with `castalia data convert`"
             )
         if not head.startswith(MAGIC[: len(head)]):
-            raise UserError(
-                f"{path} is not a token index (it does not begin with MMIDIDX): give another prefix"
-            )
+            raise UserError(f"{path} is not a token index (it does not begin with MMIDIDX): give another prefix")
         if found < HEADER.size:
             raise UserError(
                 f"{path} is truncated: its header takes {HEADER.size} bytes and {found} were found; "
@@ -130,11 +126,12 @@ class TokenStore:
             )
         _, version, code, num_sequences, num_doc_idx = HEADER.unpack(head)
         if version != VERSION:
-            raise UserError(f"{path} is an .idx of another version ({version}; this reads version {VERSION})")
-        if code not in DTYPES:
             raise UserError(
-                f"{path} has the unknown dtype code {code} (known: 1 to 8): prepare or copy it again"
+                f"{path} is an .idx of another version ({version}; this reads version {VERSION}): "
+                "prepare the data again"
             )
+        if code not in DTYPES:
+            raise UserError(f"{path} has the unknown dtype code {code} (known: 1 to 8): prepare or copy it again")
         expected = HEADER.size + 12 * num_sequences + 8 * num_doc_idx
         if found != expected:
             what = "is truncated" if found < expected else "is longer than it says"
@@ -166,15 +163,8 @@ class TokenStore:
         for start in range(0, len(self.doc_idx), _CHUNK):
             part = self.doc_idx[start : start + _CHUNK]
             first = start == 0
-            if (
-                (first and part[0] != 0)
-                or part[0] < previous
-                or (np.diff(part) < 0).any()
-                or part[-1] > len(self)
-            ):
-                raise UserError(
-                    f"{self.idx_path} is corrupt (document starts out of order): prepare or copy it again"
-                )
+            if (first and part[0] != 0) or part[0] < previous or (np.diff(part) < 0).any() or part[-1] > len(self):
+                raise UserError(f"{self.idx_path} is corrupt (document starts out of order): prepare or copy it again")
             previous = int(part[-1])
         return total
 
@@ -186,13 +176,10 @@ class TokenStore:
         if not isinstance(info, dict):
             raise UserError(f"{path} is not a JSON object: prepare the data set again")
         if info.get("version") != 1:
-            raise UserError(
-                f"{path} has version {info.get('version')!r}, this reads version 1: prepare it again"
-            )
+            raise UserError(f"{path} has version {info.get('version')!r}, this reads version 1: prepare it again")
         if info.get("sha256") not in (None, self.fingerprint):
             raise UserError(
-                f"{path} does not belong to {self.idx_path} (it names another SHA-256): "
-                f"prepare or copy both again"
+                f"{path} does not belong to {self.idx_path} (it names another SHA-256): prepare or copy both again"
             )
         return info
 
@@ -230,9 +217,7 @@ class TokenStore:
         if length is None:
             length = size - offset
         if offset < 0 or length < 0 or offset + length > size:
-            raise IndexError(
-                f"ids [{offset}, {offset + length}) of sequence {i}, which has {size}, in {self.prefix}"
-            )
+            raise IndexError(f"ids [{offset}, {offset + length}) of sequence {i}, which has {size}, in {self.prefix}")
         start = int(self.pointers[i]) // self.dtype.itemsize + offset
         return self.tokens[start : start + length]
 
@@ -331,9 +316,7 @@ class StoreWriter:
         for ids in documents:
             part = self._convert(ids)
             if part.size > 2**31 - 1:
-                raise UserError(
-                    f"a document of {part.size} tokens does not fit the format (2^31 - 1): split it up"
-                )
+                raise UserError(f"a document of {part.size} tokens does not fit the format (2^31 - 1): split it up")
             self._file.write(part.data)
             self._sizes.append(part.size)
             self._num_tokens += part.size
@@ -353,9 +336,7 @@ class StoreWriter:
             ) from None
         return np.ascontiguousarray(ids, self.dtype)
 
-    def finish(
-        self, info: Mapping[str, Any] | None = None, attachments: Mapping[str, bytes] | None = None
-    ) -> str:
+    def finish(self, info: Mapping[str, Any] | None = None, attachments: Mapping[str, bytes] | None = None) -> str:
         """Put the data set in place: everything to disk first, then renames, PREFIX.json last.
 
         Args:

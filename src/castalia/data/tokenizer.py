@@ -108,9 +108,7 @@ class HFTokenizer:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises plain Exception
-            raise UserError(
-                f"{name} is not a tokenizer.json of Hugging Face's tokenizers ({error})"
-            ) from None
+            raise UserError(f"{name} is not a tokenizer.json of Hugging Face's tokenizers ({error})") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         ids = self.tokenizer.get_vocab(with_added_tokens=True)
@@ -172,8 +170,7 @@ class HFTokenizer:
             and level.get("use_regex", True)
             and not level.get("add_prefix_space")
             and not any(
-                token["lstrip"] or token["rstrip"] or "\n" in token["content"]
-                for token in state["added_tokens"]
+                token["lstrip"] or token["rstrip"] or "\n" in token["content"] for token in state["added_tokens"]
             )
         )
 

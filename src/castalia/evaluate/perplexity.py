@@ -113,7 +113,8 @@ def _stream(store: TokenStore, tokenizer: Tokenizer, max_tokens: int | None) -> 
         raise UserError("the data holds no token to score")
     if ids.max() >= tokenizer.vocab_size:
         raise UserError(
-            f"the data holds id {ids.max()}, but the tokenizer has only {tokenizer.vocab_size}: name the right tokenizer"
+            f"the data holds id {ids.max()}, but the tokenizer has only {tokenizer.vocab_size}: "
+            "name the right tokenizer"
         )
     return ids if tokenizer.eod is None else np.concatenate([[tokenizer.eod], ids])
 

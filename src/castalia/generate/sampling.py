@@ -76,9 +76,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
-def next_token_probabilities(
-    logits: Tensor, settings: SamplingSettings, vocab_size: int | None = None
-) -> Tensor:
+def next_token_probabilities(logits: Tensor, settings: SamplingSettings, vocab_size: int | None = None) -> Tensor:
     """The distribution that the next token is drawn from.
 
     Args:

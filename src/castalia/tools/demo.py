@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import castalia
 from castalia.config import Config, load
 from castalia.config.derive import derive
 from castalia.config.load import check_values
@@ -100,7 +99,9 @@ def _write_corpus(data: Path, corpus: Path | None, say: Callable[[str], None]) -
     write_documents(data / "valid.jsonl", valid)
     texts = tuple("".join(text for _, text in part).encode() for part in (train, valid))
     if len(texts[0]) < 100_000 or len(texts[1]) < 2_000:
-        raise UserError(f"{corpus}: holds {len(texts[0]) + len(texts[1]):,} bytes of text; the demo needs at least 110,000")
+        raise UserError(
+            f"{corpus}: holds {len(texts[0]) + len(texts[1]):,} bytes of text; the demo needs at least 110,000"
+        )
     say(
         f"      {len(train):,} documents, {len(texts[0]) / 1e6:.2f} MB to train on; "
         f"{len(valid):,}, {len(texts[1]) / 1e6:.2f} MB unseen"
@@ -113,7 +114,9 @@ def _train_tokenizer(data: Path, say: Callable[[str], None]) -> Any:
     from castalia.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
     started = time.monotonic()
-    save_tokenizer(train_bpe((d.text for d in iter_documents([data / "train.jsonl"])), VOCAB_SIZE), data / "tokenizer.json")
+    save_tokenizer(
+        train_bpe((d.text for d in iter_documents([data / "train.jsonl"])), VOCAB_SIZE), data / "tokenizer.json"
+    )
     tokenizer = load_tokenizer(data / "tokenizer.json")
     say(f"      {tokenizer.vocab_size:,} ids in {time.monotonic() - started:.0f} s")
     return tokenizer
@@ -129,13 +132,16 @@ def _prepare(data: Path, tokenizer: Any, say: Callable[[str], None]) -> None:
 
 def _config(data: Path, run_dir: Path) -> Config:
     source = shipped_config("demo.yml")
-    paths = [f"data.train_paths=[{json.dumps(str(data / 'train'))}]", f"data.valid_paths=[{json.dumps(str(data / 'valid'))}]"]
+    paths = [
+        f"data.train_paths=[{json.dumps(str(data / 'train'))}]",
+        f"data.valid_paths=[{json.dumps(str(data / 'valid'))}]",
+    ]
     return load([source], [*paths, f"output={json.dumps(str(run_dir))}"])
 
 
 def shipped_config(name: str) -> Path:
     """A file of configs/: inside the installed package, or beside it in a checkout."""
-    package = Path(castalia.__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / name).exists():
             return folder / name
@@ -189,20 +195,22 @@ def _compare(run_dir: Path, data: Path, train_text: bytes, valid_text: bytes) ->
     """Bits per byte of the model, and of compressors given the same training text, on the unseen files."""
     from castalia.data.store import TokenStore
     from castalia.evaluate.perplexity import score_store
-    from castalia.generate import load_run
+    from castalia.generate.load import load_run
     from castalia.tools.compression import compression_bits_per_byte
 
     model, tokenizer = load_run(run_dir)
     seq_length = load([run_dir / "config.yaml"]).data.seq_length
     score = score_store(model, tokenizer, TokenStore(data / "valid"), seq_length)
     comparison = compression_bits_per_byte(train_text, valid_text)
-    row = {"name": "castalia", "bits_per_byte": score.bits_per_byte, "note": "trained on the training text"}
+    note = "trained on the training text"
+    row = {"name": "castalia", "bits_per_byte": score.bits_per_byte, "note": note, "model": True}
     comparison["rows"].insert(0, row)
     return comparison
 
 
 def _sample(run_dir: Path, prompt: str) -> str:
-    from castalia.generate import generate, load_run
+    from castalia.generate import generate
+    from castalia.generate.load import load_run
 
     model, tokenizer = load_run(run_dir)
     room = load([run_dir / "config.yaml"]).max_positions

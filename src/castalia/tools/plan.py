@@ -15,9 +15,7 @@ from castalia.config import Config
 def tokenizer_vocabulary(config: Config) -> int | None:
     """Ids of the tokenizer that the configuration names or the data was made with; None if neither is here."""
     data = config.data
-    prefixes = (
-        [data.path] if data.path else [p for ps in (data.train_paths, data.valid_paths) for p in ps or []]
-    )
+    prefixes = [data.path] if data.path else [p for ps in (data.train_paths, data.valid_paths) for p in ps or []]
     spec = config.tokenizer.path
     if spec is not None and (spec == "byte" or Path(spec).exists()):
         from castalia.data.tokenizer import load_tokenizer

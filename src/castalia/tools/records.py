@@ -97,15 +97,11 @@ def read_run(path: Path) -> Run:
     """
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(
-            f"{path} is not a run directory: it has no metrics.jsonl; give one that `train` wrote"
-        )
+        raise UserError(f"{path} is not a run directory: it has no metrics.jsonl; give one that `train` wrote")
     records = [r for r in read_metrics(metrics) if isinstance(r, dict) and _is_number(r.get("step"))]
     newer = next((r["v"] for r in records if r.get("v", 1) != 1), None)
     if newer is not None:
-        raise UserError(
-            f"{metrics} is of version {newer}, and this Castalia reads version 1: use a newer one"
-        )
+        raise UserError(f"{metrics} is of version {newer}, and this Castalia reads version 1: use a newer one")
     if not any(r.get("kind") in ("train", "valid", "test") for r in records):
         raise UserError(f"{metrics} has no training or evaluation record yet: wait for the first logged step")
     train, valid, test, events = (

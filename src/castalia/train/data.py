@@ -1,8 +1,8 @@
 """Configuration -> the tokenizer and the data sets of a run, with their fingerprints.
 
-    data.path + split ──┐                           ┌> train  PackedDataset / BlendedDataset
-    data.*_paths ───────┴─> TokenStore, documents ──┼> valid
-                                                    └> test
+data.path + split ──┐                           ┌> train  PackedDataset / BlendedDataset
+data.*_paths ───────┴─> TokenStore, documents ──┼> valid
+                                                └> test
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ class RunData:
 
     Attributes:
         datasets: by split; a split without data is absent.
-        fingerprints: of every data set read, by its prefix.
+        fingerprints: of every data set read, by its prefix, in the order of the configuration.
+        epochs: how many epochs each training set is laid out for; with GPT-NeoX's order, another
+            number shuffles everything anew.
         token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer.
     """
 
     datasets: dict[str, SampleSource]
     fingerprints: dict[str, str]
+    epochs: list[int]
     tokenizer: Tokenizer | None
     token_bytes: np.ndarray | None
 
@@ -63,7 +66,8 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
         if theirs.get("sha256") != mine.get("sha256") or theirs["type"] != mine["type"]:
             raise UserError(
                 f"{prefix}: was made with another tokenizer ({theirs['type']}, {theirs['vocab_size']} ids) than {spec} "
-                f"({mine['type']}, {mine['vocab_size']} ids): name the right one in tokenizer.path, or prepare the data again"
+                f"({mine['type']}, {mine['vocab_size']} ids): name the right one in tokenizer.path, "
+                "or prepare the data again"
             )
     return tokenizer
 
@@ -100,7 +104,9 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     if steps > 0 and "train" not in datasets:
         raise UserError("no training data: give data.path (with data.split), or data.train_paths")
     table = tokenizer.token_bytes() if tokenizer is not None else None
-    return RunData(datasets, fingerprints, tokenizer, table)
+    train = datasets.get("train")
+    laid = train.datasets if isinstance(train, BlendedDataset) else [train] if isinstance(train, PackedDataset) else []
+    return RunData(datasets, fingerprints, [p.order.num_epochs for p in laid], tokenizer, table)
 
 
 def sample_counts(config: Config, steps: int) -> dict[str, int]:

@@ -71,7 +71,13 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
                 run.evaluate("valid")
             for callback in callbacks:
                 callback(run)
-            if last or stop or leave or due(run.step, cfg.checkpoint.interval) or run.step in cfg.checkpoint.extra_steps:
+            if (
+                last
+                or stop
+                or leave
+                or due(run.step, cfg.checkpoint.interval)
+                or run.step in cfg.checkpoint.extra_steps
+            ):
                 run.save(required=last or stop or leave)
             if not last and (stop or leave):
                 why = signal.Signals(caught[0]).name if stop else f"training.exit_interval {cfg.training.exit_interval}"
@@ -94,7 +100,7 @@ def _signals() -> Iterator[list[int]]:
 
     def handler(number: int, _: object) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         before = {n: signal.signal(n, handler) for n in numbers}

@@ -168,9 +168,15 @@ class Run:
         # Which validation this is; the test set is read from its start whenever it is read.
         index = self.step // cfg.evaluation.interval - 1 if cfg.evaluation.interval and split == "valid" else 0
         spec = evaluation_spec(
-            max(index, 0), cfg.evaluation.batches, cfg.training.batch_size, cfg.data.seq_length, cfg.evaluation.continuing
+            max(index, 0),
+            cfg.evaluation.batches,
+            cfg.training.batch_size,
+            cfg.data.seq_length,
+            cfg.evaluation.continuing,
         )
-        loader = self._loader(dataset, RunPlan(cfg.training.batch_size, cfg.data.seq_length, 0), cfg.performance.prefetch)
+        loader = self._loader(
+            dataset, RunPlan(cfg.training.batch_size, cfg.data.seq_length, 0), cfg.performance.prefetch
+        )
         table, size = self.data.token_bytes, 0
         counts = None if table is None else torch.from_numpy(table)
 
@@ -229,6 +235,7 @@ class Run:
             "config": self.config.model_dump(),
             "journal": self.journal,
             "data": self.data.fingerprints,
+            "epochs": self.data.epochs,
             "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
             "versions": {
                 "castalia": castalia.__version__,
@@ -291,7 +298,9 @@ class Run:
             self.console.say(f"WARNING: passed over {problem}")
         state = found.state
         if state["version"] != STATE_VERSION:
-            raise UserError(f"{found.path}: written in state version {state['version']}; this release reads {STATE_VERSION}")
+            raise UserError(
+                f"{found.path}: written in state version {state['version']}; this release reads {STATE_VERSION}"
+            )
         self._compare(state, found.path)
         if state["step"] > self.steps:
             raise UserError(
@@ -307,11 +316,17 @@ class Run:
 
     def _compare(self, state: dict[str, Any], path: Path) -> None:
         """Refuse to go on where that would make the curve jump."""
-        changed = [d for d in differences(check_values(state["config"], str(path)), self.config) if d.kind == "numerics"]
+        changed = [
+            d for d in differences(check_values(state["config"], str(path)), self.config) if d.kind == "numerics"
+        ]
         lines = [f"{d.key}: {d.old} -> {d.new}" for d in changed]
-        old, new = state["data"], self.data.fingerprints
-        if sorted(old.values()) != sorted(new.values()):
-            lines.append("the data (its fingerprint differs)")
+        if list(state["data"].values()) != list(self.data.fingerprints.values()):
+            lines.append("the data: its fingerprints differ")
+        elif state["epochs"] != self.data.epochs:
+            lines.append(
+                f"the data order: laid out for {state['epochs']} epochs, now for {self.data.epochs}, "
+                "which shuffles it anew"
+            )
         identity = self.tokenizer.identity() if self.tokenizer else None
         if state["tokenizer"] != identity:
             lines.append("the tokenizer")
@@ -335,7 +350,11 @@ class Run:
             if source.resolve() != (self.directory / "config.yaml").resolve():
                 shutil.copyfile(source, sources / source.name)
         _replace(self.directory / "config.yaml", to_yaml(self.config))
-        facts = environment() | {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(self.config)}
+        facts = environment() | {
+            "device": str(self.world.device),
+            "fp32_matmul": self.matmul,
+            "notes": notes(self.config),
+        }
         _replace(self.directory / "environment.json", json.dumps(facts, indent=2) + "\n")
         if self.tokenizer is not None:
             content = self.tokenizer.file_bytes()
@@ -349,7 +368,8 @@ class Run:
         say(
             f"{self.config.name}: {human(size.total_parameters)} parameters "
             f"({human(size.non_embedding_parameters)} without embeddings), "
-            f"{human(self.steps * self.config.training.batch_size * self.config.data.seq_length)} tokens in {self.steps} steps, "
+            f"{human(self.steps * self.config.training.batch_size * self.config.data.seq_length)} tokens "
+            f"in {self.steps} steps, "
             f"{self.config.training.precision} on {self.world.device}, {human(self.peak_flops)}FLOP/s measured"
         )
         if self.step:
