@@ -59,7 +59,7 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float | Tensor, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         tokens, wants = len(labels), any(ctx.needs_input_grad[:2])
@@ -84,16 +84,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.view(-1).index_copy_(0, at, (target_e - z).to(logits.dtype))
             factor = ((valid / z) * scale).unsqueeze(1)
             torch.mul(torch.mm(logits, weight), factor, out=d_hidden[rows])
-            torch.addmm(
-                d_weight, logits.T, (hidden[rows] * factor).to(weight.dtype), beta=min(index, 1), out=d_weight
-            )
+            torch.addmm(d_weight, logits.T, (hidden[rows] * factor).to(weight.dtype), beta=min(index, 1), out=d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(total)
         return (total * scale).to(torch.float32), total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         if grad.device.type != "cpu" or grad.item() != 1.0:  # the usual 1.0 saves a pass where looking is free
             d_hidden, d_weight = d_hidden * grad, d_weight * grad
