@@ -1,0 +1,202 @@
+"""The long checks: each a function that returns a table, kept with date, commit and command.
+
+    python -m castalia.tools.certify [NAME ...] [--again]
+
+`make test` runs short forms of the same machinery. A check that has a certificate for the
+commit at hand is not run again, so a campaign that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from castalia.errors import CheckFailed, UserError
+from castalia.tools.kills import kill_campaign
+from castalia.train.environment import environment
+
+KILLS = 30
+
+
+def certify_training_kills(folder: Path, kills: int = KILLS) -> str:
+    """SIGKILL at random moments of training and of saving; the final weights must be bit-equal."""
+    import torch
+
+    from castalia.checkpoint import find_checkpoint, load_checkpoint, tensor_shapes
+
+    config = write_small_run(folder)
+
+    def final(run: str) -> dict[str, torch.Tensor]:
+        found = find_checkpoint(folder / run / "checkpoints")
+        if found is None or found.step != STEPS:
+            raise CheckFailed(f"{folder / run}: did not reach step {STEPS}")
+        tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(found.path).items()}
+        load_checkpoint(found.path, tensors)
+        return tensors
+
+    def command(run: str) -> list[str]:
+        verb = [sys.executable, "-m", "castalia.cli", "train", str(config), "--quiet", "--no-report"]
+        return [*verb, f"output={folder / run}"]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    metrics = folder / "killed" / "metrics.jsonl"
+    left = {"during a save": 0, "otherwise": 0}
+
+    def look(_: int) -> None:
+        writing = list((folder / "killed" / "checkpoints").glob(".writing-*"))
+        left["during a save" if writing else "otherwise"] += 1
+
+    campaign = kill_campaign(
+        command("killed"), lambda: metrics.stat().st_size if metrics.exists() else 0, kills, longest=1.5, between=look
+    )
+    expected, found = final("whole"), final("killed")
+    differing = [name for name, value in expected.items() if not torch.equal(value, found[name])]
+    if differing:
+        raise CheckFailed(f"{len(differing)} tensors differ after {kills} kills, the first is {differing[0]}")
+    rows = [
+        ("kills", str(campaign.kills)),
+        ("of these while a checkpoint was being written", str(left["during a save"])),
+        ("steps of the run, each saved", str(STEPS)),
+        ("tensors compared, bit for bit", f"{len(expected)}, all equal"),
+    ]
+    return table(("training and saving", ""), rows)
+
+
+def certify_preparation_kills(folder: Path, kills: int = KILLS) -> str:
+    """SIGKILL at random moments of preparation; the data set must come out byte-identical."""
+    from itertools import islice
+
+    from castalia.data.corpora import write_corpus
+    from castalia.data.read import iter_documents
+    from castalia.data.store import is_finished
+    from castalia.data.tokenizer import save_tokenizer, train_bpe
+
+    write_corpus(folder / "corpus")
+    source, vocabulary = folder / "corpus" / "train.jsonl", folder / "tokenizer.json"
+    save_tokenizer(train_bpe((d.text for d in islice(iter_documents([source]), 40)), 2048), vocabulary)
+
+    def command(prefix: str) -> list[str]:
+        verb = [sys.executable, "-m", "castalia.cli", "prepare", str(source), "--tokenizer", str(vocabulary)]
+        return [*verb, "--overwrite", "--output", str(folder / prefix)]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    names = ("bin", "idx", "json")
+    partial = folder / "killed.bin.partial"
+    unfinished = 0
+
+    def look(_: int) -> None:
+        nonlocal unfinished
+        if not is_finished(folder / "killed"):
+            unfinished += 1
+            return
+        for name in names:  # killed while leaving, its work done: the next one starts from nothing again
+            (folder / f"killed.{name}").unlink()
+
+    def at_work() -> tuple[bool, int]:
+        return partial.exists(), partial.stat().st_mtime_ns if partial.exists() else 0
+
+    campaign = kill_campaign(command("killed"), at_work, kills, longest=1.2, between=look)
+    for name in names:
+        if (folder / f"whole.{name}").read_bytes() != (folder / f"killed.{name}").read_bytes():
+            raise CheckFailed(f"killed.{name} differs from whole.{name} after {kills} kills")
+    rows = [
+        ("kills", str(campaign.kills)),
+        ("of these before the data set was finished", str(unfinished)),
+        ("bytes of text", f"{json.loads((folder / 'whole.json').read_text())['bytes']:,}"),
+        ("files compared", "bin, idx, json: byte-identical"),
+    ]
+    return table(("preparation", ""), rows)
+
+
+STEPS = 800
+
+
+def write_small_run(folder: Path) -> Path:
+    """A tiny data set, and a configuration that saves after every step."""
+    import random
+
+    from castalia.data.prepare import prepare
+    from castalia.data.tokenizer import load_tokenizer
+
+    draw = random.Random(0)
+    words = "the cat sat on a mat and saw that it was not a hat but an old rat in the hall".split()
+    texts = folder / "texts"
+    texts.mkdir(parents=True, exist_ok=True)
+    for i in range(80):
+        (texts / f"{i:02d}.txt").write_text(" ".join(draw.choice(words) for _ in range(80)), encoding="utf-8")
+    prepare([texts], folder / "tokens", load_tokenizer("byte"), overwrite=True)
+    values = {
+        "data": {"path": str(folder / "tokens"), "split": "80,20,0", "seq_length": 64},
+        "model": {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "residual": "parallel"},
+        "training": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 4},
+        "evaluation": {"interval": 7, "batches": 1},
+        "checkpoint": {"interval": 1, "keep_last": 3},
+        "logging": {"interval": 1},
+        "performance": {"threads": 1, "peak_flops": 1e11},
+    }
+    path = folder / "run.yml"
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    return path
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+CERTIFICATES: dict[str, Callable[[Path], str]] = {
+    "training_kills": certify_training_kills,
+    "preparation_kills": certify_preparation_kills,
+}
+
+
+def main() -> int:
+    """Run the checks that are named, or all."""
+    parser = argparse.ArgumentParser(prog="python -m castalia.tools.certify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CERTIFICATES)} (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("docs/certificates"))
+    parser.add_argument("--again", action="store_true", help="run what has a certificate for this commit, too")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in CERTIFICATES]
+    if unknown:
+        print(f"unknown check '{unknown[0]}'; known: {', '.join(CERTIFICATES)}", file=sys.stderr)
+        return 2
+    failed = 0
+    for name in args.names or CERTIFICATES:
+        failed += not _certify(name, args.output, args.again)
+    return 4 if failed else 0
+
+
+def _certify(name: str, output: Path, again: bool) -> bool:
+    facts = environment()
+    git = facts.get("git") or {}
+    commit = f"{git.get('commit', 'unknown')}{' with changes' if git.get('dirty') else ''}"
+    path = output / f"{name}.md"
+    if not again and path.exists() and f"commit {commit}\n" in path.read_text(encoding="utf-8"):
+        print(f"{name}: has a certificate for this commit", file=sys.stderr)
+        return True
+    print(f"{name}: running", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="castalia-certify-") as folder:
+        try:
+            body = CERTIFICATES[name](Path(folder))
+        except UserError as error:
+            print(f"{name}: FAILED: {error}", file=sys.stderr)
+            return False
+    output.mkdir(parents=True, exist_ok=True)
+    doc = (CERTIFICATES[name].__doc__ or "").strip()
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    head = f"# {name}\n\n{doc}\n\n- {today}, commit {commit}\n- `python -m castalia.tools.certify {name}`\n"
+    path.write_text(f"{head}- torch {facts['torch']}, {facts.get('cpu', 'unknown CPU')}\n\n{body}", encoding="utf-8")
+    print(f"{name}: {path}", file=sys.stderr)
+    return True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
