@@ -66,7 +66,7 @@ def test_every_translated_key_is_read_and_every_result_is_a_key_of_ours() -> Non
 def test_every_reported_key_is_accepted_with_its_reason(translated) -> None:
     plain = flat(translated())
     # Two of these names are sections of ours too; theirs are blocks with other keys.
-    values: dict[str, Any] = dict.fromkeys(REPORTED, True)
+    values: dict[str, Any] = dict.fromkeys(REPORTED, True) | {"override_lr_scheduler": False}
     values |= {"checkpoint": {"load_universal": True}, "tokenizer": {"load_universal": True}}
     config = translated(**values)
     assert flat(config) == plain
@@ -253,6 +253,8 @@ def test_a_configuration_that_gptneox_ran() -> None:
                 "optimizer.weight_decay": 0.1,
                 "optimizer.clip_grad": 1.0,
                 "schedule.arithmetic": "gptneox_main",
+                "model.hidden_dropout": 0.0,
+                "model.attention_dropout": 0.0,
             },
         ),
         (
@@ -261,12 +263,15 @@ def test_a_configuration_that_gptneox_ran() -> None:
                 "optimizer.weight_decay": 0.01,
                 "optimizer.clip_grad": 0.0,
                 "schedule.arithmetic": "gptneox_v2.0",
+                "model.hidden_dropout": 0.1,
+                "model.attention_dropout": 0.1,
             },
         ),
     ],
 )
 def test_defaults_are_those_of_the_version(translated, compat: str, expected: dict[str, Any]) -> None:
-    values = flat(translated(compat=compat, optimizer={"type": "Adam", "params": {}}))
+    plain = {"hidden_dropout": None, "attention_dropout": None, "optimizer": {"type": "Adam", "params": {}}}
+    values = flat(translated(compat=compat, **plain))
     assert {key: values[key] for key in expected} == expected
     same = {
         "optimizer.lr": 0.001,
@@ -283,12 +288,6 @@ def test_defaults_are_those_of_the_version(translated, compat: str, expected: di
     assert {key: values[key] for key in same} == same
 
 
-def test_dropout_is_the_default_of_v2_and_is_refused(translated) -> None:
-    translated(hidden_dropout=None, attention_dropout=None)
-    with pytest.raises(UserError, match=r"GPT-NeoX v2.0's default: 'hidden_dropout' \(0.1\) asks for dropout"):
-        translated(compat="v2.0", hidden_dropout=None)
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -298,7 +297,48 @@ def test_dropout_is_the_default_of_v2_and_is_refused(translated) -> None:
             {"norm": "te_layernorm", "layernorm_epsilon": 1e-6},
             {"model.norm": "layernorm", "model.norm_epsilon": 1e-6},
         ),
+        ({"norm": "scalenorm", "scalenorm_epsilon": 1e-4}, {"model.norm": "scalenorm", "model.norm_epsilon": 1e-4}),
+        (
+            {"norm": "non_parametric_layernorm", "rms_norm_epsilon": 1.0},
+            {"model.norm": "non_parametric_layernorm", "model.norm_epsilon": 1e-5},
+        ),
+        ({"use_qk_layernorm": True}, {"model.qk_norm": True}),
         ({"pos_emb": "none"}, {"model.position": "none"}),
+        ({"pos_emb": None}, {"model.position": "learned", "model.position_offset": 0}),
+        (
+            {"pos_emb": "learned", "opt_pos_emb_offset": 2, "seq_length": 32},
+            {"model.position": "learned", "model.position_offset": 2},
+        ),
+        ({"opt_pos_emb_offset": 2}, {"model.position_offset": 0}),
+        ({"pos_emb": "Sinusoidal"}, {"model.position": "sinusoidal"}),
+        ({"pos_emb": "alibi", "rpe_num_buckets": 8}, {"model.position": "alibi", "model.rpe_num_buckets": 32}),
+        (
+            {"pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 20},
+            {"model.position": "rpe", "model.rpe_num_buckets": 8, "model.rpe_max_distance": 20},
+        ),
+        ({"activation": "mish"}, {"model.activation": "mish"}),
+        ({"activation": "bilinear"}, {"model.activation": "bilinear", "model.intermediate_size": 64}),
+        ({"init_method": "xavier_normal"}, {"model.init_method": "xavier_normal"}),
+        (
+            {"hidden_dropout": 0.25, "attention_dropout": 0.5},
+            {"model.hidden_dropout": 0.25, "model.attention_dropout": 0.5},
+        ),
+        (
+            {"gpt_j_residual": True, "gpt_j_tied": True},
+            {"model.residual": "parallel", "model.tie_norms": True},
+        ),
+        ({"gpt_j_tied": True}, {"model.residual": "sequential", "model.tie_norms": False}),
+        (
+            {"num_unique_layers": 1, "param_sharing_style": "spaced"},
+            {"model.num_unique_layers": 1, "model.param_sharing_style": "spaced"},
+        ),
+        ({"num_unique_layers": 2}, {"model.num_unique_layers": None}),
+        ({"soft_prompt_tuning": {"enabled": True}}, {"model.soft_prompt_tokens": 10, "model.soft_prompt_range": 0.5}),
+        (
+            {"soft_prompt_tuning": {"enabled": True, "num_tokens": 3, "init_range": 0.1}},
+            {"model.soft_prompt_tokens": 3, "model.soft_prompt_range": 0.1},
+        ),
+        ({"soft_prompt_tuning": {"enabled": False, "n_tokens": 3}}, {"model.soft_prompt_tokens": 0}),
         (
             {"rotary_emb_base": 500, "rotary_pct": 0.5},
             {"model.rotary_base": 500.0, "model.rotary_fraction": 0.5},
@@ -315,12 +355,17 @@ def test_dropout_is_the_default_of_v2_and_is_refused(translated) -> None:
         ({"eod_mask_loss": True}, {"data.mask_loss_at_eod": True}),
         ({"data_path": "d"}, {"data.path": "d", "data.split": "969, 30, 1"}),
         (
-            {"train_data_paths": ["a", "b"], "train_data_weights": [1, 2.5]},
+            {
+                "train_data_paths": ["a", "b"],
+                "train_data_weights": [1, 2.5],
+                "valid_data_paths": ["c"],
+                "test_data_paths": ["d"],
+            },
             {"data.train_paths": ["a", "b"], "data.train_weights": [1.0, 2.5], "data.path": None},
         ),
         ({"vocab_file": "t.json", "tokenizer_type": "HFTokenizer"}, {"tokenizer.path": "t.json"}),
         ({"vocab_file": "v.json", "merge_file": "m.txt"}, {"tokenizer.path": None}),
-        ({"save": "ckpt", "load": "ckpt"}, {"output": "ckpt"}),
+        ({"save": "ckpt", "load": "ckpt", "checkpoint_factor": 5}, {"output": "ckpt"}),
         ({"lr_decay_iters": 50, "lr_decay_fraction": 0.9}, {"schedule.decay_steps": 50}),
         ({"lr_decay_fraction": 0.295}, {"schedule.decay_steps": 29}),
         ({"weight_decay": 0.3}, {"optimizer.weight_decay": 0.3}),
@@ -352,19 +397,26 @@ def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str,
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"pos_emb": "elbow"}, "'pos_emb' ('elbow') asks for 'elbow', which is not implemented yet: use one of"),
+        ({"norm": "batchnorm"}, "'norm' ('batchnorm')"),
+        ({"activation": "tanh"}, "'activation' ('tanh')"),
+        ({"init_method": "zeros"}, "'init_method' ('zeros')"),
+        ({"hidden_dropout": 1.0}, "model.hidden_dropout: input should be less than 1"),
+        ({"num_unique_layers": 3}, "'num_unique_layers' is 3, which does not divide num_layers 2"),
+        ({"param_sharing_style": "twisted"}, "'param_sharing_style' ('twisted')"),
+        ({"use_qk_layernorm": True, "num_kv_heads": 2}, "model.qk_norm has one gain per query head"),
         (
-            {"pos_emb": None},
-            "GPT-NeoX main's default: 'pos_emb' ('learned') asks for 'learned', which is not implemented",
+            {"soft_prompt_tuning": {"enabled": True, "init_string": "Hello"}},
+            "a soft prompt that starts from a text, which is not implemented yet: take its init_string out",
         ),
-        ({"pos_emb": "alibi"}, "'pos_emb' ('alibi')"),
-        ({"norm": "scalenorm"}, "'norm' ('scalenorm')"),
-        ({"norm": "rmsnorm", "compat": "v2.0"}, "epsilon outside the root"),
-        ({"activation": "mish"}, "'activation' ('mish')"),
-        ({"init_method": "xavier_normal"}, "'init_method' ('xavier_normal')"),
+        ({"soft_prompt_tuning": {"enabled": True, "token": 3}}, "has the unknown entry 'token'"),
+        ({"soft_prompt_tuning": {"enabled": True, "n_tokens": 3, "num_tokens": 3}}, "keep one"),
         (
-            {"gpt_j_residual": True, "gpt_j_tied": True},
-            "'gpt_j_tied' (True) asks for one norm for both branches",
+            {"pos_emb": "learned", "opt_pos_emb_offset": 2},
+            "data.seq_length 64 with model.position_offset 2 is beyond model.max_position_embeddings 64",
         ),
+        ({"mup_rp_embedding_mult": 2.0}, "asks for scaled position embeddings"),
+        ({"attention_config": ["globl", "globl"]}, "has the unknown kind 'globl'; did you mean 'global'?"),
         ({"attention_config": [[["local", "global"], "all"]]}, "layers of kind local"),
         ({"attention_config": ["global"]}, "describes 1 layers, but num_layers is 2"),
         ({"attention_config": [[["global"] * 3, "all"]]}, "which leaves a rest"),
@@ -383,7 +435,7 @@ def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str,
         ),
         (
             {"precision": "fp16"},
-            "training in fp16, which is not implemented yet: give fp16=null and precision=",
+            "training in fp16, which is not implemented yet: give precision=bfloat16 fp16=null",
         ),
         ({"fp16": {"enabled": True}}, "small.yml:18: 'fp16'"),
         ({"fp16": {"enabled": True}, "precision": "fp32"}, "is fp32, but fp16 is enabled"),
@@ -402,7 +454,18 @@ def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str,
         ({"lr_decay_iters": 0}, "'lr_decay_iters' must be at least 1"),
         ({"seq_length": 128}, "data.seq_length 128 is beyond model.max_position_embeddings 64"),
         ({"min_lr": 1.0}, "schedule.min_lr 1.0 is above optimizer.lr 0.01"),
-        ({"data_path": "a", "train_data_paths": ["b"]}, "give either data.path with data.split"),
+        (
+            {"data_path": "a", "train_data_paths": ["b"], "valid_data_paths": ["c"], "test_data_paths": ["d"]},
+            "give either data.path with data.split",
+        ),
+        ({"train_data_paths": ["b"]}, "'train_data_paths' is given without valid_data_paths and test_data_paths"),
+        ({"save": "ckpt"}, "'save' needs checkpoint_factor or extra_save_iters"),
+        ({"fp16": {"type": "fp16"}}, "'fp16' needs 'enabled', which is true or false"),
+        ({"max_position_embeddings": None}, "no file gives 'max_position_embeddings', which GPT-NeoX requires"),
+        (
+            {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True},
+            "'override_lr_scheduler' and 'use_checkpoint_lr_scheduler' are both true: keep one",
+        ),
         ({"intermediate_size": 8, "expansion_factor": 2.0}, "both say the width of the MLP"),
     ],
 )

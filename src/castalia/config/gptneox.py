@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from castalia.config.gptneox_given import Given, near
-from castalia.config.gptneox_keys import COMPAT, KNOWN, REFUSED, REFUSED_DEFAULTS, REPORTED
+from castalia.config.gptneox_keys import COMPAT, IDLE, KNOWN, REFUSED, REPORTED
 from castalia.config.gptneox_rules import CHECKS, NULL_COUNTS, RENAMED, REQUIRED, RULES
 from castalia.config.schema import Config
 from castalia.config.yaml12 import Document, Origin, Path_
@@ -141,10 +141,6 @@ def _merge(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Given
 
 def _refuse(given: Given) -> None:
     """Raise for the first key that asks for something that is missing."""
-    for key, default in REFUSED_DEFAULTS[given.compat].items():
-        if given.values.get(key) is None:
-            given.values[key] = default
-            given.origins[key] = Origin(f"GPT-NeoX {given.compat}'s default")
     for key, value in given.values.items():
         refused = REFUSED.get(key)
         if refused is not None and refused.asks(value):
@@ -162,7 +158,7 @@ def _notes(given: Given, values: Mapping[str, Any], became: Mapping[str, list[st
         elif key in became:
             yield f"{key}: became " + ", ".join(f"{ours} {values[ours]}" for ours in dict.fromkeys(became[key]))
         elif key not in REPORTED:
-            yield f"{key}: asks for nothing that would have to be set here"
+            yield f"{key}: {IDLE.get(key, 'asks for nothing that would have to be set here')}"
 
 
 def _is_their_block(key: str, value: Any) -> bool:

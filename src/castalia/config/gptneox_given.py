@@ -54,6 +54,11 @@ class Given:
                 return self.origins[key]
         return Origin(f"GPT-NeoX {self.compat}'s default")
 
+    def remark(self, text: str) -> None:
+        """Say something about the translation as a whole, once."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
     def fail(self, key: str, text: str) -> NoReturn:
         """Raise a UserError about a key of theirs, at its place."""
         raise UserError(f"{self.origin(key)}: '{key}' {text}")

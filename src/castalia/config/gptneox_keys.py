@@ -77,9 +77,19 @@ TRANSLATED: dict[str, Translated] = {
     "norm": _same("text", "layernorm"),
     "layernorm_epsilon": _same("number", 1e-5),
     "rms_norm_epsilon": _same("number", 1e-8),
+    "scalenorm_epsilon": _same("number", 1e-8),
+    "use_qk_layernorm": _same("bool", False),
     "pos_emb": _same("text", "learned"),
     "rotary_pct": _same("number", 1.0),
     "rotary_emb_base": _same("number", 10000),
+    "opt_pos_emb_offset": _same("int", 0),
+    "rpe_num_buckets": _same("int", 32),
+    "rpe_max_distance": _same("int", 128),
+    "hidden_dropout": Translated("number", 0.0, 0.1),
+    "attention_dropout": Translated("number", 0.0, 0.1),
+    "num_unique_layers": _same("int"),
+    "param_sharing_style": _same("text", "grouped"),
+    "soft_prompt_tuning": _same("mapping"),
     "no_weight_tying": _same("bool", False),
     "attention_config": _same("list"),
     "sliding_window_width": _same("int"),
@@ -109,6 +119,11 @@ TRANSLATED: dict[str, Translated] = {
     "gradient_accumulation_steps": _same("int"),
     "global_num_gpus": _same("int"),
     "world_size": _same("int"),
+    "hostfile": _same("text"),
+    "include": _same("text"),
+    "exclude": _same("text"),
+    "num_nodes": _same("int", -1),
+    "num_gpus": _same("int"),
     "train_iters": _same("int"),
     "exit_interval": _same("int"),
     "seed": _same("int", 1234),
@@ -152,9 +167,6 @@ _REPORTED = {
     "the softmax is always taken in fp32": "attention_softmax_in_fp32",
     "initial weights never depend on the device or the layout": "use_cpu_initialization lazy_mpu_init",
     "rotary frequencies are computed, not saved": "rotary_save_freqs_buffer",
-    "used only by norm scalenorm": "scalenorm_epsilon",
-    "used only by pos_emb rpe": "rpe_num_buckets rpe_max_distance",
-    "used only by pos_emb learned": "opt_pos_emb_offset",
     "used only by sparse attention": "sparsity_config sparse_attention",
     "used only by aMLP blocks": "gmlp_attn_dim",
     "used only by Mamba layers": """
@@ -164,8 +176,7 @@ _REPORTED = {
     "used only by mixtures of experts": """
         moe_expert_interval moe_top_k moe_router_type moe_lbl_in_fp32 moe_jitter_eps""",
     "used only by muP": """
-        base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult mup_rp_embedding_mult
-        mup_width_scale""",
+        base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult mup_width_scale""",
     "used only by preference training": """
         dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight
         z_loss kto_beta fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out precompute_model_name""",
@@ -173,7 +184,7 @@ _REPORTED = {
         weight_server_port online_dataserver_ips online_dataserver_ports""",
     "used only with weight_by_num_documents": "weighted_sampler_alpha",
     "has no effect in GPT-NeoX either": """
-        num_unique_layers param_sharing_style use_bias_in_norms short_seq_prob adlr_autoresume
+        use_bias_in_norms short_seq_prob adlr_autoresume
         adlr_autoresume_object adlr_autoresume_interval deepscale deepscale_config no_save_optim hysteresis
         loss_scale loss_scale_window min_scale deepspeed_activation_checkpointing""",
     "derived by GPT-NeoX from other keys": """
@@ -196,7 +207,7 @@ _REPORTED = {
     "DeepSpeed is not used": """
         deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint""",
     "launching is not the configuration's business": """
-        hostfile include exclude num_nodes num_gpus master_port master_addr launcher force_multi no_ssh_check
+        master_port master_addr launcher force_multi no_ssh_check
         comment account detect_nvlink_pairs distributed_backend deepspeed_mpi deepspeed_slurm""",
     "metrics go to metrics.jsonl in the run's folder": """
         use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host wandb_init_all_ranks wandb
@@ -215,7 +226,7 @@ _REPORTED = {
     "checkpoints are checked by their SHA-256": "checkpoint_validation_with_forward_pass",
     "randomness depends on the seed and the step alone: there is no state to keep": "no_save_rng no_load_rng",
     "used only with s3_path": "s3_chunk_size",
-    "a resumed run always compares its schedule with the checkpoint's": """
+    "a resumed run compares its schedule with the checkpoint's": """
         override_lr_scheduler use_checkpoint_lr_scheduler""",
     "generation takes its settings on the command line": """
         text_gen_type temperature top_p top_k return_logits maximum_tokens prompt_end sample_input_file
@@ -231,11 +242,9 @@ _SPECIAL_DATA = [f"{split}_{kind}_data_paths" for split in _SPLITS for kind in (
 REFUSED: dict[str, Refused] = {
     "pipe_parallel_size": Refused("pipeline parallelism", (0, 1)),
     "model_parallel_size": Refused("tensor parallelism", (0, 1)),
-    "hidden_dropout": Refused("dropout", (0,)),
-    "attention_dropout": Refused("dropout", (0,)),
-    "use_qk_layernorm": Refused("a norm of queries and keys", (False,)),
+    # Unlike the rest of muP's keys, it counts in GPT-NeoX whether or not use_mup is set.
+    "mup_rp_embedding_mult": Refused("scaled position embeddings", (1.0,)),
     "fp16_lm_cross_entropy": Refused("a loss in fp16", (False,)),
-    "soft_prompt_tuning": Refused("soft prompt tuning", block=True),
     "serve_model_weights": Refused("serving weights to other programs", (False,)),
     "use_bnb_optimizer": Refused("8-bit Adam", (False,)),
     "moe_num_experts": Refused("a mixture of experts", (1,)),
@@ -260,10 +269,21 @@ REFUSED: dict[str, Refused] = {
     "no_load_optim": Refused("running without an optimizer", (False,)),
     "s3_path": Refused("checkpoints on S3"),
 } | {key: Refused("data sets of labels, rewards or pairs", ([],)) for key in _SPECIAL_DATA}
-# Defaults that ask for something; v2.0 has dropout unless told otherwise.
-REFUSED_DEFAULTS: dict[str, dict[str, Any]] = {
-    "main": {},
-    "v2.0": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+
+# Why a translated key may become nothing: what a note says of it then.
+IDLE: dict[str, str] = {
+    "scalenorm_epsilon": "used only by norm scalenorm",
+    "rms_norm_epsilon": "used only by norm rmsnorm",
+    "layernorm_epsilon": "used only by norm layernorm and non_parametric_layernorm",
+    "opt_pos_emb_offset": "used only by pos_emb learned",
+    "rpe_num_buckets": "used only by pos_emb rpe",
+    "rpe_max_distance": "used only by pos_emb rpe",
+    "gpt_j_tied": "used only with gpt_j_residual",
+    "param_sharing_style": "used only with num_unique_layers",
+    **dict.fromkeys(
+        ("hostfile", "include", "exclude", "num_nodes", "num_gpus"),
+        "launching is not the configuration's business, and the batch does not follow from it here",
+    ),
 }
 
 COMPAT = "compat"  # ours: whose defaults and formulas a file follows

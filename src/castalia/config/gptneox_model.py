@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from castalia.config.gptneox_given import Given, Rule
+from castalia.config.gptneox_given import Given, Rule, near
 
 _WIDTH = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size")
 _NORMS = {
@@ -12,31 +13,57 @@ _NORMS = {
     "te_layernorm": "layernorm",
     "rmsnorm": "rmsnorm",
     "te_rmsnorm": "rmsnorm",
+    "scalenorm": "scalenorm",
+    "non_parametric_layernorm": "non_parametric_layernorm",
+}
+# Which key says the epsilon of which norms.
+_EPSILONS = {
+    "layernorm_epsilon": ("layernorm", "non_parametric_layernorm"),
+    "rms_norm_epsilon": ("rmsnorm", "rmsnorm_eps_outside"),
+    "scalenorm_epsilon": ("scalenorm",),
 }
 _ACTIVATIONS = {
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
     "swish": "silu",
-    "geglu": "geglu",
-    "swiglu": "swiglu",
-    "reglu": "reglu",
+    **{n: n for n in ("gelu", "relu", "softsign", "mish", "silu", "geglu", "swiglu", "reglu", "bilinear", "glu")},
 }
-_POSITIONS = {"rotary": "rotary", "none": "none"}
-_INITS = {n: n for n in ("normal", "scaled_normal", "small_init", "wang_init", "single_residual_scaled_normal")}
+_POSITIONS = {n: n for n in ("learned", "rotary", "sinusoidal", "rpe", "alibi", "none")}
+_INITS = {
+    n: n
+    for n in (
+        *("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init"),
+        *("xavier_uniform", "xavier_normal", "orthogonal", "scaled_orthogonal"),
+    )
+}
+# All that attention_config may say, of both versions.
+_KINDS = frozenset(
+    (
+        *("global", "local", "flash", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"),
+        *("gmlp", "amlp", "rwkv", "mamba"),
+    )
+)
 
 
 def norm(given: Given) -> str:
     """Which norm. v2.0's RMSNorm adds epsilon outside the root, which is another function."""
     name = given.choose("norm", _NORMS)
-    if name == "rmsnorm" and given.compat == "v2.0":
-        given.unsupported("norm", "v2.0's RMSNorm, with its epsilon outside the root", "use layernorm or compat: main")
-    return name
+    return "rmsnorm_eps_outside" if name == "rmsnorm" and given.compat == "v2.0" else name
 
 
-def norm_epsilon(given: Given) -> float:
-    """The epsilon of the norm in use."""
-    return float(given["layernorm_epsilon" if norm(given) == "layernorm" else "rms_norm_epsilon"])
+def _epsilon(key: str) -> Callable[[Given], float | None]:
+    def value(given: Given) -> float | None:
+        return float(given[key]) if norm(given) in _EPSILONS[key] else None
+
+    return value
+
+
+def position(given: Given) -> str:
+    """How positions enter."""
+    return given.choose("pos_emb", _POSITIONS)
+
+
+def _with_position(kind: str, key: str) -> Callable[[Given], Any]:
+    """The value of a key that counts with one kind of positions only."""
+    return lambda given: given[key] if position(given) == kind else None
 
 
 def activation(given: Given) -> str:
@@ -45,15 +72,19 @@ def activation(given: Given) -> str:
     return "gelu_tanh" if name == "gelu" and given["bias_gelu_fusion"] else name
 
 
+def _gated(activation: str) -> bool:
+    return activation.endswith("glu") or activation == "bilinear"
+
+
 def intermediate_size(given: Given) -> int:
     """The MLP's inner width, by v2.0's or main's arithmetic of widths.
 
     main computes the rows of the first matrix and the columns of the second apart, which may
     disagree; such a model cannot run there, and is refused.
     """
-    hidden, gated = int(given.required("hidden_size")), activation(given).endswith("glu")
+    hidden, gated = int(given.required("hidden_size")), _gated(activation(given))
     if given.compat == "v2.0" and "intermediate_size" not in given and "expansion_factor" not in given:
-        return int(8 / 3 * hidden) if gated else 4 * hidden
+        return int(8 / 3 * hidden) if gated else 4 * hidden  # v2.0 has neither of the two keys
     if "intermediate_size" in given and "expansion_factor" in given:
         given.fail("expansion_factor", "and 'intermediate_size' both say the width of the MLP: keep one")
     width = given.positive("intermediate_size") or int((given["expansion_factor"] or 4) * hidden)
@@ -66,7 +97,7 @@ def intermediate_size(given: Given) -> int:
             f"of the second need {expected}; change intermediate_size or mlp_multiple_of",
         )
     if gated and "intermediate_size" not in given and "expansion_factor" not in given and given["mlp_multiple_of"] == 1:
-        given.remarks.append(
+        given.remark(
             f"activation: main's gated MLP has an inner width of a third of 4 x hidden_size, here {columns}, "
             f"so half the parameters of a plain one; intermediate_size = 3 x the wanted width changes it"
         )
@@ -82,13 +113,50 @@ def mlp_widths(width: int, multiple: int, gated: bool) -> tuple[int, int]:
 
 def residual(given: Given) -> str:
     """Parallel or sequential branches."""
-    if given["gpt_j_tied"] and given["gpt_j_residual"]:
-        given.unsupported("gpt_j_tied", "one norm for both branches", "leave it false")
     if given["gpt_j_residual"] and not given["use_bias_in_mlp"]:
-        given.remarks.append(
-            "use_bias_in_mlp: false with gpt_j_residual loses the attention in GPT-NeoX; this run keeps it"
-        )
+        given.remark("use_bias_in_mlp: false with gpt_j_residual loses the attention in GPT-NeoX; this run keeps it")
+    if given["hidden_dropout"] and not given["use_bias_in_mlp"]:
+        given.remark("use_bias_in_mlp: false leaves the MLP without dropout in GPT-NeoX; here it has it")
     return "parallel" if given["gpt_j_residual"] else "sequential"
+
+
+def unique_layers(given: Given) -> int | None:
+    """Layers with weights of their own: shared as the key's description promises, which GPT-NeoX does not keep."""
+    unique, layers = given.positive("num_unique_layers"), given.required("num_layers")
+    if unique is None or unique == layers:
+        return None
+    if unique > layers or layers % unique:
+        given.fail("num_unique_layers", f"is {unique}, which does not divide num_layers {layers}")
+    given.remark(
+        "num_unique_layers: layers share weights here; GPT-NeoX checks this key and then gives every layer "
+        "weights of its own, as a run without it does"
+    )
+    return unique
+
+
+def sharing_style(given: Given) -> str | None:
+    """In which order shared layers are executed."""
+    style = given.choose("param_sharing_style", {"grouped": "grouped", "spaced": "spaced"})
+    return style if "num_unique_layers" in given else None
+
+
+_SOFT_PROMPT = ("enabled", "n_tokens", "num_tokens", "init_range", "init_string")
+
+
+def soft_prompt(given: Given) -> dict[str, Any]:
+    """The block, if it is enabled; its number of vectors goes by either of two names, one of which is documented."""
+    block: dict[str, Any] = given["soft_prompt_tuning"] or {}
+    unknown = [key for key in block if key not in _SOFT_PROMPT]
+    if unknown:
+        given.fail("soft_prompt_tuning", f"has the unknown entry '{unknown[0]}'{near(unknown[0], _SOFT_PROMPT)}")
+    if not block.get("enabled"):
+        return {}
+    if block.get("init_string"):
+        given.unsupported("soft_prompt_tuning", "a soft prompt that starts from a text", "take its init_string out")
+    if block.get("n_tokens") is not None and block.get("num_tokens") is not None:
+        given.fail("soft_prompt_tuning", "has n_tokens and num_tokens, which mean the same: keep one")
+    said = (block.get("n_tokens"), block.get("num_tokens"), 10)
+    return {"tokens": next(n for n in said if n is not None), "range": block.get("init_range") or 0.5}
 
 
 def attention(given: Given) -> None:
@@ -96,6 +164,9 @@ def attention(given: Given) -> None:
     layers = given.required("num_layers")
     kinds = expand_attention(given, layers)
     other = sorted({kind for kind in kinds if kind not in ("global", "flash")})
+    unknown = [kind for kind in other if kind not in _KINDS]
+    if unknown:
+        given.fail("attention_config", f"has the unknown kind '{unknown[0][:40]}'{near(unknown[0], _KINDS)}")
     if other:
         given.unsupported("attention_config", f"layers of kind {', '.join(other)}", "use global or flash in all")
     window = given["sliding_window_width"]
@@ -148,12 +219,21 @@ def vocab_multiple(given: Given) -> int | None:
 
 MODEL_RULES: tuple[Rule, ...] = (
     Rule("model.norm", ("norm",), norm),
-    Rule("model.norm_epsilon", ("layernorm_epsilon", "rms_norm_epsilon", "norm"), norm_epsilon),
+    *(Rule("model.norm_epsilon", (key,), _epsilon(key)) for key in _EPSILONS),
+    Rule("model.qk_norm", ("use_qk_layernorm",), lambda g: g["use_qk_layernorm"]),
     Rule("model.activation", ("activation", "bias_gelu_fusion"), activation),
     Rule("model.intermediate_size", _WIDTH, intermediate_size),
-    Rule("model.position", ("pos_emb",), lambda g: g.choose("pos_emb", _POSITIONS)),
-    Rule("model.residual", ("gpt_j_residual", "gpt_j_tied"), residual),
+    Rule("model.position", ("pos_emb",), position),
+    Rule("model.position_offset", ("opt_pos_emb_offset",), _with_position("learned", "opt_pos_emb_offset")),
+    Rule("model.rpe_num_buckets", ("rpe_num_buckets",), _with_position("rpe", "rpe_num_buckets")),
+    Rule("model.rpe_max_distance", ("rpe_max_distance",), _with_position("rpe", "rpe_max_distance")),
+    Rule("model.residual", ("gpt_j_residual",), residual),
+    Rule("model.tie_norms", ("gpt_j_tied",), lambda g: g["gpt_j_tied"] if g["gpt_j_residual"] else None),
     Rule("model.tie_embeddings", ("no_weight_tying",), lambda g: not g["no_weight_tying"]),
+    Rule("model.num_unique_layers", ("num_unique_layers",), unique_layers),
+    Rule("model.param_sharing_style", ("param_sharing_style",), sharing_style),
+    Rule("model.soft_prompt_tokens", ("soft_prompt_tuning",), lambda g: soft_prompt(g).get("tokens")),
+    Rule("model.soft_prompt_range", ("soft_prompt_tuning",), lambda g: soft_prompt(g).get("range")),
     Rule("model.init_method", ("init_method",), lambda g: g.choose("init_method", _INITS)),
     Rule(
         "model.output_init_method",

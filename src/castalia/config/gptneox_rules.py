@@ -11,16 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.config.gptneox_given import Given, Rule, near
+from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
+from castalia.config.gptneox_hosts import counted_devices
 from castalia.config.gptneox_model import MODEL_RULES, attention
 
 # Theirs -> ours, the value as it is.
 RENAMED: dict[str, str] = {
     "num_kv_heads": "model.num_kv_heads",
-    "max_position_embeddings": "model.max_position_embeddings",
     "padded_vocab_size": "model.vocab_size",
     "rotary_pct": "model.rotary_fraction",
     "rotary_emb_base": "model.rotary_base",
     "init_method_std": "model.init_std",
+    "hidden_dropout": "model.hidden_dropout",
+    "attention_dropout": "model.attention_dropout",
     "use_bias_in_attn_linear": "model.attention_bias",
     "use_bias_in_mlp": "model.mlp_bias",
     "gradient_clipping": "optimizer.clip_grad",
@@ -44,6 +47,7 @@ REQUIRED: dict[str, str] = {
     "num_layers": "model.num_layers",
     "hidden_size": "model.hidden_size",
     "num_attention_heads": "model.num_attention_heads",
+    "max_position_embeddings": "model.max_position_embeddings",
     "seq_length": "data.seq_length",
     "train_iters": "training.steps",
 }
@@ -66,7 +70,7 @@ def optimizer_type(given: Given) -> str:
     """GPT-NeoX's Adam has decoupled decay, so it is AdamW."""
     block = given["optimizer"]
     if block is None:
-        given.remarks.append("optimizer: not given; Adam with its defaults is taken, where GPT-NeoX stops")
+        given.remark("optimizer: not given; Adam with its defaults is taken, where GPT-NeoX stops")
         return "adamw"
     kind, params = block.get("type"), block.get("params") or {}
     if not isinstance(kind, str) or not isinstance(params, dict):
@@ -147,10 +151,13 @@ def data_parallel(given: Given) -> int:
     key = "global_num_gpus" if "global_num_gpus" in given else "world_size"
     devices = given.positive(key)
     if devices is None:
-        text = "global_num_gpus: not given, so the batch is that of one device; more made it larger there"
-        if "train_batch_size" not in given and text not in given.remarks:
-            given.remarks.append(text)
+        key, devices = "hostfile", counted_devices(given)
+    if devices is None:
+        if "train_batch_size" not in given:
+            given.remark("global_num_gpus: not given, so the batch is that of one device; more made it larger there")
         return 1
+    if devices < 1:
+        given.fail(key, "leaves no device")
     parallel = 1
     for split in ("pipe_parallel_size", "model_parallel_size"):
         parallel *= max(given.values.get(split) or 1, 1)
@@ -159,13 +166,15 @@ def data_parallel(given: Given) -> int:
     return devices // parallel
 
 
-_FP16 = "give fp16=null and precision=bfloat16 or precision=fp32 as overrides"
+_FP16 = "give precision=bfloat16 fp16=null (or precision=fp32 fp16=null) after the file"
 
 
 def precision(given: Given) -> str:
     """fp32 or bf16, by the rules of v2.0 or of main; fp16 is refused."""
     if given.compat == "v2.0":
         return _precision_v2(given)
+    if given["fp16"] is not None and "enabled" not in given["fp16"]:
+        given.fail("fp16", "needs 'enabled', which is true or false")
     said = given["precision"]
     kind = "fp32" if said is None else given.choose("precision", {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"})
     for block, meant in (("fp16", "fp16"), ("bf16", "bf16")):
@@ -183,12 +192,14 @@ def precision(given: Given) -> str:
 def _precision_v2(given: Given) -> str:
     """v2.0: fp16.type or precision bfloat16, else fp16.enabled, else fp32 (even `precision: fp16` alone)."""
     block = given["fp16"] or {}
+    if given["fp16"] is not None and "enabled" not in block:
+        given.fail("fp16", "needs 'enabled', which is true or false")
     if block.get("type", given["precision"]) == "bfloat16":
         return "bf16"
     if block.get("enabled"):
         given.unsupported("fp16", "training in fp16", _FP16)
     if given["precision"] == "fp16":
-        given.remarks.append("precision: fp16 without an fp16 block means fp32 in v2.0, so it does here")
+        given.remark("precision: fp16 without an fp16 block means fp32 in v2.0, so it does here")
     return "fp32"
 
 
@@ -207,7 +218,7 @@ def tokenizer_path(given: Given) -> str | None:
         return None if file is None else str(file)
     if kind == "gpt2bpetokenizer":
         if file is not None:
-            given.remarks.append(
+            given.remark(
                 "vocab_file: GPT2BPETokenizer's vocabulary and merges are not read; make one tokenizer.json "
                 "of them and name it as tokenizer.path, unless one is kept beside the data"
             )
@@ -218,7 +229,28 @@ def tokenizer_path(given: Given) -> str | None:
 def merge_file(given: Given) -> None:
     """Of no use without GPT2BPETokenizer's vocabulary."""
     if "merge_file" in given:
-        given.remarks.append("merge_file: a tokenizer.json holds its own merges")
+        given.remark("merge_file: a tokenizer.json holds its own merges")
+
+
+def saving(given: Given) -> None:
+    """GPT-NeoX wants to know when, where it is told to save."""
+    if "save" in given and "checkpoint_factor" not in given and "extra_save_iters" not in given:
+        given.fail("save", "needs checkpoint_factor or extra_save_iters: the steps at which to save")
+
+
+def resuming(given: Given) -> None:
+    """Two switches that exclude each other; neither matters otherwise."""
+    if given.values.get("override_lr_scheduler") and given.values.get("use_checkpoint_lr_scheduler"):
+        given.fail("override_lr_scheduler", "and 'use_checkpoint_lr_scheduler' are both true: keep one")
+
+
+def data_paths(given: Given) -> None:
+    """One data set that is split, or one list for each split."""
+    lists = [f"{split}_data_paths" for split in ("train", "valid", "test")]
+    missing = [key for key in lists if key not in given]
+    if missing and len(missing) < 3:
+        first = next(key for key in lists if key in given)
+        given.fail(first, f"is given without {' and '.join(missing)}: GPT-NeoX wants all three, or data_path")
 
 
 def load_from(given: Given) -> None:
@@ -285,6 +317,7 @@ _BATCH = (
     "gradient_accumulation_steps",
     "global_num_gpus",
     "world_size",
+    *HOST_KEYS,
 )
 
 RULES: tuple[Rule, ...] = (
@@ -321,6 +354,9 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (
     (("attention_config", "sliding_window_width"), attention),
     (("merge_file",), merge_file),
     (("load",), load_from),
+    (("save",), saving),
+    ((), resuming),
+    (("train_data_paths", "valid_data_paths", "test_data_paths"), data_paths),
 )
 # Keys of ours that keep their null where theirs say nothing: null means something other than our default.
 NULL_COUNTS = frozenset({"checkpoint.interval", "evaluation.interval"})

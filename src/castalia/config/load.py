@@ -76,6 +76,7 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
         UserError: anything wrong with the files or the values, in one sentence.
     """
     documents = _documents([Path(path) for path in paths])
+    _distinct(paths)
     given = [_split_override(text) for text in overrides]
     kinds = {d.path: gptneox.family(d) for d in documents}
     theirs = [path for path, kind in kinds.items() if kind == "gptneox"]
@@ -184,6 +185,15 @@ def _documents(paths: Sequence[Path]) -> list[Document]:
         if not any(paths[i].resolve() in bases for _, bases in read[i + 1 :]):
             out.append(document)
     return out
+
+
+def _distinct(paths: Sequence[str | Path]) -> None:
+    """Files of one name would replace each other where a run keeps its sources."""
+    seen: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.name in seen:
+            raise UserError(f"{path} and {seen[path.name]} have one name, and a run keeps both: rename one")
+        seen[path.name] = path
 
 
 def _with_base(path: Path, chain: tuple[Path, ...]) -> tuple[Document, tuple[Path, ...]]:

@@ -393,6 +393,11 @@ class Config(Section):
                 f"data.seq_length {self.data.seq_length} is beyond model.max_position_embeddings "
                 f"{self.max_positions}: shorten the one or raise the other"
             )
+        if self.model.position == "learned" and self.data.seq_length + self.model.position_offset > self.max_positions:
+            raise ValueError(
+                f"data.seq_length {self.data.seq_length} with model.position_offset {self.model.position_offset} is "
+                f"beyond model.max_position_embeddings {self.max_positions}: shorten the one or raise the other"
+            )
         if self.schedule.type == "wsd" and self.schedule.arithmetic != "native":
             raise ValueError("schedule.type wsd is not one of GPT-NeoX's: it needs schedule.arithmetic native")
         if self.schedule.min_lr > self.optimizer.lr:
