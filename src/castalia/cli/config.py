@@ -1,38 +1,174 @@
-"""`castalia config show|check|explain`."""
+"""`castalia config show|explain|check|diff|convert|schema`: everything about a configuration, without running it."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from castalia.cli import split_settings
+
+if TYPE_CHECKING:
+    from castalia.config import Config
+
+SETTINGS = "FILE|key=value"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="show|check|explain")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="show|explain|check|diff|convert|schema")
+
     show = verbs.add_parser("show", help="the complete configuration, every default written out")
-    show.add_argument("settings", nargs="*", metavar="FILE|key=value")
-    check = verbs.add_parser("check", help="say whether files are right, and what follows from them")
-    check.add_argument("settings", nargs="+", metavar="FILE|key=value")
+    show.add_argument("settings", nargs="*", metavar=SETTINGS)
+    show.add_argument("--comments", action="store_true", help="also write what each key means")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
     explain = verbs.add_parser("explain", help="what a key means, its value, and where that comes from")
-    explain.add_argument("key")
-    explain.add_argument("settings", nargs="*", metavar="FILE|key=value")
+    explain.add_argument("key", help="a dotted key, or a section, which lists its keys")
+    explain.add_argument("settings", nargs="*", metavar=SETTINGS)
+
+    check = verbs.add_parser("check", help="say whether files are right, and what follows from them")
+    check.add_argument("settings", nargs="+", metavar=SETTINGS)
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+    diff = verbs.add_parser("diff", help="what differs between two configurations, and what the difference changes")
+    diff.add_argument("settings", nargs="+", metavar="FILE|RUN|key=value", help="A [overrides of A] B [overrides of B]")
+    diff.add_argument("--json", action="store_true", help="print one JSON object")
+
+    convert = verbs.add_parser("convert", help="write GPT-NeoX's files as one native file")
+    convert.add_argument("settings", nargs="+", metavar=SETTINGS)
+    convert.add_argument("--minimal", action="store_true", help="leave out what has its default")
+    convert.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+
+    schema = verbs.add_parser("schema", help="the JSON Schema, by which editors complete keys")
+    schema.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was asked for."""
+    return _WHAT[args.what](args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from castalia.config import load
+    from castalia.config.render import to_yaml
+
+    config = load(*split_settings(args.settings))
+    if args.json:
+        print(json.dumps(config.model_dump()))
+    else:
+        print(to_yaml(config, args.comments), end="")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from castalia.config import load
+    from castalia.config.render import explain
+
+    print(explain(load(*split_settings(args.settings)), args.key))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
     from castalia.config import load, notes
     from castalia.config.derive import derive
-    from castalia.config.render import explain, to_yaml
     from castalia.tools.plan import tokenizer_vocabulary
 
     config = load(*split_settings(args.settings))
-    if args.what == "show":
-        print(to_yaml(config), end="")
-    elif args.what == "check":
-        for line in [*notes(config), *derive(config, tokenizer_vocabulary(config))[1]]:
-            print(line)
-        print("the configuration is right")
-    else:
-        print(explain(config, args.key))
+    full, derivation = derive(config, tokenizer_vocabulary(config))
+    if args.json:
+        print(json.dumps({"notes": notes(config), "derivation": derivation, "config": full.model_dump()}))
+        return 0
+    for line in [*notes(config), *derivation]:
+        print(line)
+    print("the configuration is right")
     return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from castalia.config.compare import MEANINGS, differences
+
+    names, (old, new) = _two_sides(args.settings)
+    found = differences(old, new)
+    if args.json:
+        rows = [{"key": d.key, "a": d.old, "b": d.new, "class": d.kind} for d in found]
+        same = not any(d.kind == "numerics" for d in found)
+        print(json.dumps({"a": names[0], "b": names[1], "differences": rows, "same_function": same}))
+        return 0
+    from castalia.config.render import scalar
+
+    for kind, meaning in MEANINGS.items():
+        rows_of_kind = [d for d in found if d.kind == kind]
+        if rows_of_kind:
+            print(f"{kind}: {meaning}")
+        for d in rows_of_kind:
+            print(f"  {d.key}: {scalar(d.old)} -> {scalar(d.new)}")
+    if not found:
+        print("no difference")
+    return 0
+
+
+def _two_sides(settings: list[str]) -> tuple[list[str], tuple[Config, Config]]:
+    """`A a=1 B b=2` -> both names, both derived configurations; a run's folder stands for its config.yaml."""
+    from pathlib import Path
+
+    from castalia.config import load
+    from castalia.config.derive import derive
+    from castalia.errors import UserError
+    from castalia.tools.plan import tokenizer_vocabulary
+
+    names: list[str] = []
+    overrides: list[list[str]] = []
+    for setting in settings:
+        if "=" not in setting:
+            names.append(setting)
+            overrides.append([])
+        elif not names:
+            raise UserError(f"'{setting}' stands before the first file: give A [overrides of A] B [overrides of B]")
+        else:
+            overrides[-1].append(setting)
+    if len(names) != 2:
+        raise UserError(f"a difference is between two configurations, and {len(names)} were named: give two")
+    sides = []
+    for name, more in zip(names, overrides, strict=True):
+        config = load([Path(name) / "config.yaml" if Path(name).is_dir() else name], more)
+        sides.append(derive(config, tokenizer_vocabulary(config))[0])
+    return names, (sides[0], sides[1])
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from castalia.config import load
+    from castalia.config.render import converted, from_yaml
+
+    config = load(*split_settings(args.settings))
+    text = converted(config, args.minimal)
+    assert from_yaml(text).model_dump() == config.model_dump(), "the written file differs from what was read"
+    return _write(text, args.output)
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from castalia.config.json_schema import json_schema_text
+
+    return _write(json_schema_text(), args.output)
+
+
+def _write(text: str, path: str | None) -> int:
+    """To a file, whole or not at all, or to standard output."""
+    if path is None:
+        print(text, end="")
+        return 0
+    from castalia.config.files import write_text
+
+    write_text(path, text)
+    return 0
+
+
+_WHAT: dict[str, Callable[[argparse.Namespace], int]] = {
+    "show": _show,
+    "explain": _explain,
+    "check": _check,
+    "diff": _diff,
+    "convert": _convert,
+    "schema": _schema,
+}

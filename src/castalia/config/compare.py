@@ -22,7 +22,7 @@ The kind is the field's class, but for a few fields whose effect depends on othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
@@ -53,6 +53,26 @@ def differences(old: Config, new: Config) -> list[Difference]:
             kind = _KINDS[key](old, new) if key in _KINDS else classes[key]
             out.append(Difference(key, before[key], value, kind))
     return out
+
+
+# What a user is told of each kind.
+MEANINGS: dict[Kind, str] = {
+    "numerics": "changes what is computed; a resumed run refuses it",
+    "length": "changes only where the run ends",
+    "place": "changes only where files lie; what is in them is compared",
+    "performance": "changes only rounding or speed",
+    "cosmetic": "changes neither what is computed nor its speed",
+}
+
+
+def accepted_lines(differences: Sequence[Difference]) -> list[str]:
+    """What a resumed run says of the changed settings that it accepts: a line for each kind."""
+    lines = []
+    for kind in MEANINGS:
+        changed = [f"{d.key}: {d.old} -> {d.new}" for d in differences if d.kind == kind != "numerics"]
+        if changed:
+            lines.append(f"changed since the checkpoint, {kind} ({MEANINGS[kind]}): {'; '.join(changed)}")
+    return lines
 
 
 def _steps(old: Config, new: Config) -> Kind:

@@ -83,6 +83,7 @@ TRANSLATED: dict[str, Translated] = {
     "rotary_pct": _same("number", 1.0),
     "rotary_emb_base": _same("number", 10000),
     "opt_pos_emb_offset": _same("int", 0),
+    "apply_query_key_layer_scaling": _same("bool", False),
     "rpe_num_buckets": _same("int", 32),
     "rpe_max_distance": _same("int", 128),
     "hidden_dropout": Translated("number", 0.0, 0.1),
@@ -163,7 +164,6 @@ _REPORTED = {
     "TransformerEngine is not used; products run in the configured precision": """
         te_columnparallel te_rowparallel te_layernorm_mlp te_mha te_fp8_format te_fp8_wgrad
         te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin te_fp8_mha""",
-    "scores are divided and multiplied back by it: the same function": "apply_query_key_layer_scaling",
     "the softmax is always taken in fp32": "attention_softmax_in_fp32",
     "initial weights never depend on the device or the layout": "use_cpu_initialization lazy_mpu_init",
     "rotary frequencies are computed, not saved": "rotary_save_freqs_buffer",
@@ -278,6 +278,7 @@ IDLE: dict[str, str] = {
     "opt_pos_emb_offset": "used only by pos_emb learned",
     "rpe_num_buckets": "used only by pos_emb rpe",
     "rpe_max_distance": "used only by pos_emb rpe",
+    "apply_query_key_layer_scaling": "scores are divided and multiplied back by it: the same function",
     "gpt_j_tied": "used only with gpt_j_residual",
     "param_sharing_style": "used only with num_unique_layers",
     **dict.fromkeys(

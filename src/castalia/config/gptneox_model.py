@@ -174,6 +174,14 @@ def attention(given: Given) -> None:
         given.unsupported("sliding_window_width", "a sliding window", "remove it")
 
 
+def score_scaling(given: Given) -> None:
+    """Dividing scores by the layer's number and multiplying back changes nothing, unless a bias comes in between."""
+    if given["apply_query_key_layer_scaling"] and position(given) in ("rpe", "alibi"):
+        given.unsupported(
+            "apply_query_key_layer_scaling", "a bias of positions that grows with the layer's number", "leave it false"
+        )
+
+
 def expand_attention(given: Given, layers: int) -> list[str]:
     """The kind of each layer. As in GPT-NeoX, an item with "all" stands for every layer and ends the list."""
     config = given["attention_config"]

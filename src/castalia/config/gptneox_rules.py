@@ -13,7 +13,7 @@ from typing import Any
 from castalia.config.gptneox_given import Given, Rule, near
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
-from castalia.config.gptneox_model import MODEL_RULES, attention
+from castalia.config.gptneox_model import MODEL_RULES, attention, score_scaling
 
 # Theirs -> ours, the value as it is.
 RENAMED: dict[str, str] = {
@@ -352,6 +352,7 @@ RULES: tuple[Rule, ...] = (
 # What is only checked: their keys, and the check.
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (
     (("attention_config", "sliding_window_width"), attention),
+    (("apply_query_key_layer_scaling",), score_scaling),
     (("merge_file",), merge_file),
     (("load",), load_from),
     (("save",), saving),

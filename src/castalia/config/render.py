@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -20,32 +20,50 @@ from castalia.config.schema import Config
 from castalia.config.yaml12 import parse_value
 from castalia.errors import UserError
 
-__all__ = ["explain", "from_yaml", "scalar", "to_yaml"]
+__all__ = ["converted", "explain", "from_yaml", "scalar", "to_yaml", "type_text"]
 
 _PLAIN = re.compile(r"[A-Za-z_./~][A-Za-z0-9_./~+-]*")
 # Words that older YAML readers take for booleans.
 _OLD_BOOLEANS = frozenset(["y", "n", "yes", "no", "on", "off", "true", "false", "null"])
 
 
-def to_yaml(config: Config, comments: bool = False) -> str:
-    """The whole configuration as YAML, every default written out, in the order of the schema.
+def to_yaml(config: Config, comments: bool = False, minimal: bool = False) -> str:
+    """A configuration as YAML, in the order of the schema; it reads back as the same configuration.
 
     Args:
         config: checked, derived or not.
         comments: also write each field's meaning beside it.
+        minimal: leave out what has its default, where the whole would otherwise be written.
     """
+    kept = _said(config) if minimal else {key for key, _ in fields()}
     lines: list[str] = []
     for name, info in Config.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            lines += ["", f"{name}:" + (f"  # {info.description}" if comments else "")]
-            lines += [
+            inner = [
                 _line("  ", key, getattr(value, key), field, comments)
                 for key, field in type(value).model_fields.items()
+                if f"{name}.{key}" in kept
             ]
-        else:
+            if inner:
+                lines += ["", f"{name}:" + (f"  # {info.description}" if comments else ""), *inner]
+        elif name in kept:
             lines.append(_line("", name, value, info, comments))
     return "\n".join(lines) + "\n"
+
+
+def _said(config: Config) -> set[str]:
+    """The keys of a minimal file: the version, the run's length, and what differs from its default."""
+    defaults = {key: info.get_default(call_default_factory=True) for key, info in fields()}
+    length = "training.steps" if config.training.tokens is None else "training.tokens"
+    return {"version", length} | {key for key, value in flat(config).items() if value != defaults[key]}
+
+
+def converted(config: Config, minimal: bool = False) -> str:
+    """A translated configuration as a native file, with what the translation had to say as comments above it."""
+    notes = [f"#   {' '.join(note.split())}" for note in config._notes]
+    head = ["# Translated from GPT-NeoX. What became of each key there:", *notes, ""] if notes else []
+    return "\n".join([*head, to_yaml(config, minimal=minimal)])
 
 
 def explain(config: Config, key: str) -> str:
@@ -77,7 +95,7 @@ def explain(config: Config, key: str) -> str:
         f"{key} = {scalar(value)}{f' {unit}' if unit and value is not None else ''}",
         f"  meaning  {info.description}",
     ]
-    text += [f"  class    {effect}", f"  type     {_type(info)}", f"  default  {scalar(default)}"]
+    text += [f"  class    {effect}", f"  type     {type_text(info)}", f"  default  {scalar(default)}"]
     return "\n".join([*text, f"  from     {origin or 'the default'}"])
 
 
@@ -129,14 +147,23 @@ def _escape(code: int) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def _type(info: FieldInfo) -> str:
-    kind = info.annotation
-    name = kind.__name__ if isinstance(kind, type) else str(kind)
+def type_text(info: FieldInfo) -> str:
+    """The type of a field in words, with its limits: `int or null, >= 1`."""
     limits = {"Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<="}
     bounds = [
         f"{limits[type(m).__name__]} {getattr(m, type(m).__name__.lower())}"
         for m in info.metadata
         if type(m).__name__ in limits
     ]
-    plain = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null")
-    return ", ".join([plain, *bounds])
+    return ", ".join([_words(info.annotation), *bounds])
+
+
+def _words(kind: Any) -> str:
+    inner = [_words(part) for part in get_args(kind)] if get_origin(kind) is not Literal else []
+    if get_origin(kind) is Literal:
+        return " or ".join(scalar(value) for value in get_args(kind))
+    if get_origin(kind) is list:
+        return f"list of {inner[0]}"
+    if inner:  # a union
+        return " or ".join(inner)
+    return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
