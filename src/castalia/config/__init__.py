@@ -13,6 +13,7 @@ from castalia.config.schema import (
     PerformanceConfig,
     ScheduleConfig,
     Section,
+    StartConfig,
     TokenizerConfig,
     TrainingConfig,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "PerformanceConfig",
     "ScheduleConfig",
     "Section",
+    "StartConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "load",

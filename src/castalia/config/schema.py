@@ -115,26 +115,18 @@ class ModelConfig(Section):
     )
     rotary_fraction: float = setting(1.0, "share of each head that is rotated", gt=0, le=1)
     rotary_base: float = setting(10000.0, "base of the rotary frequencies", gt=0)
-    rpe_num_buckets: int = setting(
-        32, "rpe only: how many classes of distance have a bias of their own", ge=4
-    )
-    rpe_max_distance: int = setting(
-        128, "rpe only: distances from here on share the last bucket", unit="tokens", ge=2
-    )
+    rpe_num_buckets: int = setting(32, "rpe only: how many classes of distance have a bias of their own", ge=4)
+    rpe_max_distance: int = setting(128, "rpe only: distances from here on share the last bucket", unit="tokens", ge=2)
     residual: Literal["parallel", "sequential"] = setting(
         "sequential",
         "parallel: x + attention(n1(x)) + mlp(n2(x)); sequential: the MLP sees the attention's output",
     )
     attention_bias: bool = setting(True, "biases on the attention's two projections")
     mlp_bias: bool = setting(True, "biases on the MLP's projections")
-    hidden_dropout: float = setting(
-        0.0, "share dropped of the embedding and of both branches of a layer", ge=0, lt=1
-    )
+    hidden_dropout: float = setting(0.0, "share dropped of the embedding and of both branches of a layer", ge=0, lt=1)
     attention_dropout: float = setting(0.0, "share dropped of the attention's probabilities", ge=0, lt=1)
     tie_embeddings: bool = setting(False, "the output matrix is the embedding matrix")
-    num_unique_layers: int | None = setting(
-        None, "layers with weights of their own; null: all of num_layers", ge=1
-    )
+    num_unique_layers: int | None = setting(None, "layers with weights of their own; null: all of num_layers", ge=1)
     param_sharing_style: Literal["grouped", "spaced"] = setting(
         "grouped", "order of 2 unique layers in 4: grouped 1 2 1 2, spaced 1 1 2 2"
     )
@@ -144,17 +136,13 @@ class ModelConfig(Section):
         unit="tokens",
         ge=0,
     )
-    soft_prompt_range: float = setting(
-        0.5, "their initial values are uniform between minus and plus this", gt=0
-    )
+    soft_prompt_range: float = setting(0.5, "their initial values are uniform between minus and plus this", gt=0)
     init_method: str = setting(
         "small_init",
         "initial weights: normal, scaled_normal, single_residual_scaled_normal, small_init, wang_init, "
         "xavier_uniform, xavier_normal, orthogonal, scaled_orthogonal",
     )
-    output_init_method: str = setting(
-        "wang_init", "the same for the two projections that write to the residual stream"
-    )
+    output_init_method: str = setting("wang_init", "the same for the two projections that write to the residual stream")
     init_std: float = setting(0.02, "standard deviation for `normal` and the two `scaled_normal`", gt=0)
 
     @property
@@ -227,9 +215,7 @@ class ModelConfig(Section):
                 "model.max_position_embeddings: raise that"
             )
         if self.position == "sinusoidal" and self.hidden_size % 2:
-            raise ValueError(
-                f"model.position sinusoidal needs an even model.hidden_size, not {self.hidden_size}"
-            )
+            raise ValueError(f"model.position sinusoidal needs an even model.hidden_size, not {self.hidden_size}")
         if self.position == "rpe" and self.rpe_max_distance <= self.rpe_num_buckets // 2:
             raise ValueError(
                 f"model.rpe_max_distance {self.rpe_max_distance} must be above half of model.rpe_num_buckets "
@@ -240,9 +226,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _layers(self) -> ModelConfig:
         if self.tie_norms and self.residual != "parallel":
-            raise ValueError(
-                "model.tie_norms needs model.residual parallel: the sequential MLP reads another input"
-            )
+            raise ValueError("model.tie_norms needs model.residual parallel: the sequential MLP reads another input")
         if self.num_unique_layers and self.num_layers % self.num_unique_layers:
             raise ValueError(
                 f"model.num_layers {self.num_layers} is not a multiple of "
@@ -263,6 +247,11 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = setting("fp32", "dtype of matrix products; weights are fp32 in either")
     seed: int = setting(1234, "seed of weights and, unless data.seed is given, of the data order", ge=0)
     exit_interval: int | None = setting(None, "save and stop after every so many steps", "cosmetic", "steps", ge=1)
+    nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "where loss or gradient is not a number: stop the run, or skip the update (and stop after 50 in a row)",
+        "cosmetic",
+    )
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
@@ -270,7 +259,8 @@ class TrainingConfig(Section):
             raise ValueError("give one of training.steps and training.tokens")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"training.batch_size {self.batch_size} is not a multiple of training.micro_batch_size {self.micro_batch_size}"
+                f"training.batch_size {self.batch_size} is not a multiple of "
+                f"training.micro_batch_size {self.micro_batch_size}"
             )
         return self
 
@@ -292,7 +282,9 @@ class ScheduleConfig(Section):
     type: Literal["cosine", "linear", "constant", "wsd", "exponential"] = setting("cosine", "shape after the warm-up")
     warmup: float = setting(0.01, "length of the warm-up as a share of decay_steps", ge=0, le=1)
     warmup_steps: int | None = setting(None, "length of the warm-up in steps, instead of warmup", unit="steps", ge=0)
-    decay_steps: int | None = setting(None, "steps at which min_lr is reached; null: training.steps", unit="steps", ge=1)
+    decay_steps: int | None = setting(
+        None, "steps at which min_lr is reached; null: training.steps", unit="steps", ge=1
+    )
     decay_share: float = setting(0.2, "wsd only: share of decay_steps spent on the final decay", gt=0, le=1)
     min_lr: float = setting(0.0, "the learning rate at the end", ge=0)
     arithmetic: Literal["native", "gptneox_main", "gptneox_v2.0"] = setting(
@@ -304,7 +296,8 @@ class LossConfig(Section):
     """What is minimised."""
 
     normalisation: Literal["tokens", "micro_batch_mean"] = setting(
-        "tokens", "tokens: sum over the batch / its valid tokens; micro_batch_mean: mean of micro-batch means (GPT-NeoX)"
+        "tokens",
+        "tokens: sum over the batch / its valid tokens; micro_batch_mean: mean of micro-batch means (GPT-NeoX)",
     )
     chunk_size: int = setting(512, "tokens whose logits exist at once", "performance", "tokens", ge=1)
 
@@ -319,20 +312,78 @@ class EvaluationConfig(Section):
     continuing: bool = setting(
         False, "go on through the validation set from one validation to the next, as GPT-NeoX does", "cosmetic"
     )
+    characters: bool = setting(False, "also count the characters of the text, for char_perplexity", "cosmetic")
+
+
+class StartConfig(Section):
+    """What a run begins from, where its own folder has no checkpoint yet."""
+
+    path: str | None = setting(
+        None,
+        "a Castalia run or checkpoint, or a GPT-NeoX `save` folder, global_stepN or .pt file; null: initial weights",
+    )
+    step: int | None = setting(None, "which step of several; null: the newest", unit="steps", ge=0)
+    optimizer: bool = setting(
+        True, "also take the optimizer's moments and go on from that step; false: weights alone, from step 0"
+    )
+
+    @model_validator(mode="after")
+    def _given(self) -> StartConfig:
+        if self.step is not None and self.path is None:
+            raise ValueError("start.step needs start.path: name the run or folder that the step is of")
+        return self
 
 
 class CheckpointConfig(Section):
     """When the state is saved, and how many copies are kept."""
 
-    interval: int | None = setting(1000, "steps between checkpoints; null: only at the end", "cosmetic", "steps", ge=1)
+    scale: Literal["linear", "log"] = setting(
+        "linear", "linear: every interval steps; log: at the whole parts of log_factor's powers", "cosmetic"
+    )
+    interval: int | None = setting(
+        1000, "linear only: steps between checkpoints; null: only at the end", "cosmetic", "steps", ge=1
+    )
+    log_factor: float | None = setting(None, "log only: save at int(log_factor**k), k = 0, 1, 2, ...", "cosmetic")
     extra_steps: list[int] = setting([], "further steps at which to save (0: before the first)", "cosmetic", "steps")
     keep_last: int | None = setting(None, "keep only the newest so many; null: all", "cosmetic", ge=1)
+
+    @model_validator(mode="after")
+    def _log(self) -> CheckpointConfig:
+        if self.scale == "log" and self.log_factor is None:
+            raise ValueError("checkpoint.scale log needs checkpoint.log_factor, for example 2: save at 1, 2, 4, 8, ...")
+        if self.scale == "linear" and self.log_factor is not None:
+            raise ValueError("checkpoint.log_factor is for checkpoint.scale log: set that, or leave the factor out")
+        if self.log_factor is not None and self.log_factor <= 1:
+            raise ValueError(
+                f"checkpoint.log_factor {self.log_factor:g} must be above 1, for the steps have to grow: "
+                "give for example 2"
+            )
+        return self
 
 
 class LoggingConfig(Section):
     """What is written while training."""
 
     interval: int = setting(10, "steps between records of metrics.jsonl and console lines", "cosmetic", "steps", ge=1)
+    norms: list[Literal["gradient", "parameter", "optimizer"]] = setting(
+        [], "L2 norms to record for each parameter: of its gradient, its weights, its optimizer's moments", "cosmetic"
+    )
+    zero_gradients: bool = setting(False, "record the share of zeros in each parameter's gradient", "cosmetic")
+    log_dir: str | None = setting(
+        None, "folder for copies of what is printed, HOST_stdout.txt and HOST_stderr.txt; null: none", "cosmetic"
+    )
+    tensorboard: str | None = setting(None, "folder for TensorBoard's event files; null: none", "cosmetic")
+    wandb_project: str | None = setting(None, "project in Weights & Biases; null: it is not used", "cosmetic")
+    wandb_group: str | None = setting(None, "group of the run there", "cosmetic")
+    wandb_entity: str | None = setting(
+        None, "user or team that the project belongs to; null: W&B's default", "cosmetic"
+    )
+    wandb_name: str | None = setting(None, "what the run is called there; null: as here", "cosmetic")
+    wandb_mode: Literal["online", "offline"] | None = setting(
+        None, "offline keeps W&B's records in the run's folder for `wandb sync`; null: as WANDB_MODE says", "cosmetic"
+    )
+    wandb_host: str | None = setting(None, "address of a W&B server of one's own; null: as W&B is set", "cosmetic")
+    wandb_all_ranks: bool = setting(False, "every process has a W&B run, not the first alone", "cosmetic")
 
 
 class PerformanceConfig(Section):
@@ -363,6 +414,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="gradients to weights")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate by step")
     loss: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
+    start: StartConfig = Field(default_factory=StartConfig, description="what the run begins from")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="validation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saved state")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what is written")

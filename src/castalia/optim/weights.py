@@ -50,6 +50,10 @@ class WeightStore(Protocol):
         """Update the masters with the accumulated gradients / divisor (clipping), then forget those."""
         ...
 
+    def discard(self) -> None:
+        """Forget the accumulated gradients; neither masters nor moments change."""
+        ...
+
     def refresh(self) -> None:
         """Make the working copies agree with the masters, after those were written from outside."""
         ...
@@ -199,6 +203,10 @@ class PlainStore(_Store):
         self._update(lr, divisor, self._grads())
         self.optimizer.zero_grad(set_to_none=True)
 
+    def discard(self) -> None:
+        """See WeightStore."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def refresh(self) -> None:
         """Of use to frozen weights alone: the others' casts are made anew for each forward pass."""
         self._refresh_frozen()
@@ -293,6 +301,10 @@ class ArenaStore(_Store):
         self._update(lr, divisor, [s.gradient for s in self._segments])
         self._empty = True
         self._refresh_copies()
+
+    def discard(self) -> None:
+        """See WeightStore; the next collect() overwrites what the buffers hold."""
+        self._empty = True
 
     def refresh(self) -> None:
         """See WeightStore."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from castalia.config import CheckpointConfig
 from castalia.errors import UserError
 from castalia.optim import learning_rate
 
@@ -28,7 +29,11 @@ class Stopped(Exception):
 
 
 class Diverged(UserError):
-    """The loss or the gradient is no longer a number."""
+    """The loss or the gradient is no longer a number, and the run is to stop there or has skipped too many updates."""
+
+
+SKIPS_AT_MOST = 50
+"""Updates skipped in a row after which a run stops, as GPT-NeoX's does."""
 
 
 def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
@@ -36,14 +41,15 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 
     Raises:
         Stopped: after a signal or at training.exit_interval, with the state saved.
-        Diverged: loss or gradient norm is not finite; the weights of that step are not saved.
+        Diverged: loss or gradient norm is not finite (with training.nonfinite skip: too often in a row); the
+            weights of that step are not saved.
     """
     cfg = run.config
     steps, clip = run.steps, cfg.optimizer.clip_grad
     with _signals() as caught, closing(run.loader.stream(run.step, steps)) as batches:
-        if run.step == 0 and 0 in cfg.checkpoint.extra_steps:
+        if run.step == 0 and not run.resumed and 0 in cfg.checkpoint.extra_steps:
             run.save()
-        started = time.perf_counter()
+        started, skipped = time.perf_counter(), 0
         for micro_batches in batches:
             spec = run.loader.plan.at(run.step)
             lr = learning_rate(run.updates, cfg.optimizer.lr, cfg.schedule, steps)
@@ -53,14 +59,16 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             stats = run.engine.forward_backward(micro_batches, tokens, spec.step)
             norm = run.store.gradient_norm()
             grad_norm = norm.item()
-            if not (math.isfinite(stats.loss) and math.isfinite(grad_norm)):
-                raise Diverged(
-                    f"step {spec.step + 1}: loss {stats.loss} and gradient norm {grad_norm} are not finite; the newest "
-                    f"checkpoint is from before: lower optimizer.lr, or look at the data of this step"
-                )
-            clipped = clip > 0 and grad_norm > clip
-            run.store.step(lr, divisor=(norm + 1e-6) / clip if clipped else None)
-            run.step, run.updates = spec.step + 1, run.updates + 1
+            run.before_update()
+            if math.isfinite(stats.loss) and math.isfinite(grad_norm):
+                clipped = clip > 0 and grad_norm > clip
+                run.store.step(lr, divisor=(norm + 1e-6) / clip if clipped else None)
+                run.updates, skipped = run.updates + 1, 0
+            else:
+                skipped += 1
+                _check_skips(cfg.training.nonfinite, skipped, spec.step + 1, stats.loss, grad_norm)
+                run.store.discard()
+            run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
             run.record_step(stats, lr, grad_norm, time.perf_counter() - started)
 
@@ -71,25 +79,43 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
                 run.evaluate("valid")
             for callback in callbacks:
                 callback(run)
-            if (
-                last
-                or stop
-                or leave
-                or due(run.step, cfg.checkpoint.interval)
-                or run.step in cfg.checkpoint.extra_steps
-            ):
+            if last or stop or leave or saves(run.step, cfg.checkpoint):
                 run.save(required=last or stop or leave)
             if not last and (stop or leave):
                 why = signal.Signals(caught[0]).name if stop else f"training.exit_interval {cfg.training.exit_interval}"
                 raise Stopped(f"stopped by {why} after step {run.step}; the same command goes on from there")
             started = time.perf_counter()
-        if cfg.evaluation.test_at_end:
+        if cfg.evaluation.test_at_end and not run.tested:
             run.evaluate("test")
 
 
 def due(step: int, interval: int | None) -> bool:
     """Whether something that happens every `interval` steps happens after this one."""
     return interval is not None and step % interval == 0
+
+
+def saves(step: int, cfg: CheckpointConfig) -> bool:
+    """Whether a checkpoint is due after this step, by the configuration alone."""
+    if step in cfg.extra_steps:
+        return True
+    if cfg.scale == "linear":
+        return due(step, cfg.interval)
+    factor, power = cfg.log_factor or 2.0, 0
+    while int(factor**power) < step:
+        power += 1
+    return step > 0 and int(factor**power) == step
+
+
+def _check_skips(nonfinite: str, skipped: int, step: int, loss: float, grad_norm: float) -> None:
+    """Raise Diverged where a step without finite numbers is not to be skipped."""
+    what = f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite"
+    if nonfinite == "stop":
+        raise Diverged(
+            f"{what}; the newest checkpoint is from before: lower optimizer.lr, look at the data of this step, "
+            "or leave such steps out with training.nonfinite=skip"
+        )
+    if skipped >= SKIPS_AT_MOST:
+        raise Diverged(f"{what}, as in the {skipped - 1} steps before: lower optimizer.lr, or look at the data")
 
 
 @contextmanager

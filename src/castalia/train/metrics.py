@@ -1,4 +1,8 @@
-"""The run's record: metrics.jsonl for programs, one line a record for people.
+"""The run's record: what is measured -> one record -> every sink that wants it.
+
+    loop, evaluation, events ──> Metrics.write ──> record ─┬─> MetricsFile   metrics.jsonl, for programs
+                                                           ├─> Console       a line for people
+                                                           └─> sinks.py      TensorBoard, Weights & Biases
 
 The file always reads as one uninterrupted run: a resumed one first drops what lies after the
 step it goes on from (docs/contracts.md, section 3.1).
@@ -7,12 +11,61 @@ step it goes on from (docs/contracts.md, section 3.1).
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Protocol
+
+from castalia.errors import UserError
 
 VERSION = 1
+Record = dict[str, Any]
+
+
+class MetricsSink(Protocol):
+    """Whatever takes records."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        ...
+
+    def close(self, failed: bool = False) -> None:
+        """Finish; `failed` says that the run ends with an error."""
+        ...
+
+
+class Metrics:
+    """Makes records and hands each to every sink. Use as a context manager.
+
+    Args:
+        file: metrics.jsonl, without which there is no run.
+        others: sinks that a run can do without: one that fails is left out from then on.
+        warn: told when that happens.
+    """
+
+    def __init__(self, file: MetricsFile, others: Sequence[MetricsSink], warn: Callable[[str], None]) -> None:
+        self._file, self._others, self._warn = file, list(others), warn
+
+    def write(self, kind: str, step: int, **values: Any) -> Record:
+        """Write one record; what is None or not a finite number is left out. Returns the record."""
+        record = {"v": VERSION, "kind": kind, "step": step} | _finite(values)
+        self._file.write(record)
+        for sink in list(self._others):
+            try:
+                sink.write(record)
+            except Exception as error:  # whatever a logging service comes up with: training is worth more
+                self._others.remove(sink)
+                self._warn(f"WARNING: {type(sink).__name__} fails and is left out from now on: {error}")
+        return record
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for sink in (self._file, *self._others):
+            sink.close(failed=kind is not None)
 
 
 class MetricsFile:
@@ -21,33 +74,49 @@ class MetricsFile:
     Args:
         path: the file; made if it is not there.
         keep_through: drop records of later steps first; None keeps all.
+
+    Attributes:
+        kept: the records that were there and stay.
     """
 
     def __init__(self, path: Path, keep_through: int | None = None) -> None:
+        self._path = path
+        self.kept = read_metrics(path) if path.exists() else []
         if keep_through is not None and path.exists():
-            kept = [r for r in read_metrics(path) if r.get("step", 0) <= keep_through]
+            self.kept = [r for r in self.kept if r.get("step", 0) <= keep_through]
             fresh = path.with_name(f".{path.name}.new")
             with fresh.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(r) + "\n" for r in kept)
+                file.writelines(json.dumps(r) + "\n" for r in self.kept)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(fresh, path)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
-        """Append one record; values that are None are left out. Returns the record."""
-        record = {"v": VERSION, "kind": kind, "step": step}
-        record |= {key: value for key, value in values.items() if value is not None}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        return record
+    def write(self, record: Record) -> None:
+        """Append one record.
 
-    def close(self) -> None:
+        Raises:
+            UserError: the system refuses (disk full, ...).
+        """
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}): mend that, and the same command goes on "
+                "from the newest checkpoint"
+            ) from None
+
+    def close(self, failed: bool = False) -> None:
         """Close the file."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # what could not be written was reported when it was
+            if not failed:
+                raise
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Record]:
     """All whole records of a metrics.jsonl; a last line that is still being written is passed over."""
     records = []
     with path.open(encoding="utf-8") as file:
@@ -60,43 +129,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Console:
-    """Progress for people, on standard error so that `--json` output stays clean."""
-
-    def __init__(self, steps: int, stream: TextIO | None = None, quiet: bool = False) -> None:
-        self.steps, self.stream, self.quiet = steps, stream or sys.stderr, quiet
-
-    def say(self, text: str) -> None:
-        """One line."""
-        if not self.quiet:
-            print(text, file=self.stream, flush=True)
-
-    def train(self, record: dict[str, Any], eta: float) -> None:
-        """One line of training progress; `eta` in seconds."""
-        mfu = f"  MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
-        self.say(
-            f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  |g| {record['grad_norm']:.3f}  "
-            f"{human(record['tokens_per_second'])} tokens/s{mfu}  ETA {clock(eta)}"
-        )
-
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """One line of an evaluation's result."""
-        bits = f"  bits/byte {record['bits_per_byte']:.4f}" if "bits_per_byte" in record else ""
-        name = "validation" if record["kind"] == "valid" else "test"
-        self.say(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {name} loss {record['loss']:.4f}{bits}")
-
-
-def human(number: float) -> str:
-    """1234567 -> 1.23M, three significant digits."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what JSON has no word for."""
+    out = {k: _finite(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
+    return {k: v for k, v in out.items() if not (isinstance(v, float) and not math.isfinite(v))}

@@ -4,33 +4,27 @@
                                 ├─> model ─> store ─> engine         ─> loop
                                 └─> run folder: lock, config, metrics, checkpoints
 
-A run that finds a whole checkpoint in its folder goes on from it, provided that nothing
-which changes the function computed (a numerics setting, the data, the tokenizer) differs.
+A run that finds a whole checkpoint in its folder goes on from it (resume.py); else it begins
+from the checkpoint that `start` names (start.py), or from initial weights.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import platform
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import castalia
-from castalia.checkpoint import CheckpointNotSaved, RunLock, find_checkpoint, load_checkpoint, save_checkpoint
+from castalia.checkpoint import CheckpointNotSaved, RunLock, save_checkpoint
 from castalia.config import Config, load, notes
-from castalia.config.compare import differences
 from castalia.config.derive import derive
-from castalia.config.load import check_values
-from castalia.config.render import to_yaml
-from castalia.data.loader import Batch, Loader, Shard
-from castalia.data.plan import RunPlan, evaluation_spec
+from castalia.data.loader import Loader, Shard
+from castalia.data.plan import RunPlan
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul
@@ -38,13 +32,20 @@ from castalia.model.size import ModelSize, model_size
 from castalia.model.transformer import build_model
 from castalia.optim import make_store
 from castalia.parallel.world import World, enter_world, peak_memory
+from castalia.train.console import Console, human
 from castalia.train.data import open_data, open_tokenizer
 from castalia.train.engine import LocalEngine, StepStats
+from castalia.train.environment import environment
+from castalia.train.evaluation import evaluate
+from castalia.train.folder import make_folder, write_files
 from castalia.train.loop import Callback, Stopped, train_loop
 from castalia.train.machine import measure_matmul_flops
-from castalia.train.metrics import Console, MetricsFile, human
-
-STATE_VERSION = 1
+from castalia.train.metrics import Metrics, MetricsFile, Record
+from castalia.train.norms import Norms
+from castalia.train.output import copied_output
+from castalia.train.resume import STATE_VERSION, resume
+from castalia.train.sinks import make_sinks
+from castalia.train.start import Begun, begin
 
 
 def train(
@@ -84,41 +85,49 @@ class Run:
 
     Attributes:
         config: complete, nothing left to derive.
-        step: optimizer steps done; `updates` of them changed the weights.
+        step: optimizer steps done; `updates` of them changed the weights, the others were skipped.
         tokens: seen so far.
         steps: where the run ends.
+        resumed: it goes on from a checkpoint in its own folder.
+        imported: what else it once began from, if anything (`start`).
+        last: the newest record of each kind.
     """
 
     def __init__(
         self, config: Config, *, sources: Sequence[Path] = (), accept: bool = False, quiet: bool = False
     ) -> None:
-        self._sources, self._accept = sources, accept
+        self.accept, self._sources = accept, sources
         self.tokenizer = open_tokenizer(config)
         self.config, self.derivation = derive(config, self.tokenizer.vocab_size if self.tokenizer else None)
         self.steps = self.config.training.steps or 0
+        self.step_tokens = self.config.training.batch_size * self.config.data.seq_length
         self.size: ModelSize = model_size(self.config)
         self.directory = Path(self.config.run_dir)
-        self.console = Console(self.steps, quiet=quiet)
+        self.console = Console(self.steps, self.step_tokens, quiet=quiet)
         self.step = self.updates = self.tokens = 0
         self.journal: list[Any] = []
-        self._seconds, self._began = 0.0, time.monotonic()
-        self._since: list[tuple[int, float]] = []
-        self.last: dict[str, dict[str, Any]] = {}
+        self.resumed = False
+        self.imported: str | None = None
+        self.seconds_before, self._began = 0.0, time.monotonic()
+        self._since: list[float] = []
+        self.last: dict[str, Record] = {}
+        if self.config.evaluation.characters and self.tokenizer is None:
+            raise UserError("evaluation.characters: there is no tokenizer to count with: name it in tokenizer.path")
 
     def __enter__(self) -> Run:
-        self._make_directory()
-        self._lock = RunLock(self.directory)
-        self._lock.__enter__()
-        try:
-            self._assemble()
-        except BaseException:  # whatever it was, the folder must not stay locked
-            self._lock.__exit__(None, None, None)
-            raise
+        make_folder(self.directory)
+        with ExitStack() as opened:  # whatever goes wrong in here, the folder must not stay locked
+            opened.enter_context(RunLock(self.directory))
+            self.world: World = enter_world(self.config.performance.device)
+            if self.config.logging.log_dir is not None:
+                opened.enter_context(copied_output(self.config.logging.log_dir, self.world.rank))
+            begun = self._assemble()
+            opened.enter_context(self._open_metrics(begun))
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.metrics.close()
-        self._lock.__exit__(*error)
+        self._opened.__exit__(*error)
 
     def train(self, callbacks: Sequence[Callback] = ()) -> None:
         """Run the loop to its end."""
@@ -134,69 +143,43 @@ class Run:
 
     # What the loop calls.
 
+    def before_update(self) -> None:
+        """Look at the gradients of the step that is being made, if logging.norms asks for it."""
+        if self.norms.wanted and self._logs(self.step + 1):
+            self.norms.before_update(self.store)
+
     def record_step(self, stats: StepStats, lr: float, grad_norm: float, seconds: float) -> None:
         """Note one step; write a record every logging.interval steps and at the end."""
-        spec_tokens = self.config.training.batch_size * self.config.data.seq_length
-        self._since.append((spec_tokens, seconds))
-        if self.step % self.config.logging.interval and self.step != self.steps:
+        self._since.append(seconds)
+        if not self._logs(self.step):
             return
-        tokens, spent = (sum(column) for column in zip(*self._since, strict=True))
+        rate = len(self._since) * self.step_tokens / sum(self._since)
         self._since.clear()
-        rate = tokens / spent
-        record = self.metrics.write(
+        self.last["train"] = self.metrics.write(
             "train",
             self.step,
             tokens=self.tokens,
             loss=stats.loss,
             lr=lr,
             grad_norm=grad_norm,
+            skipped=self.step - self.updates or None,
             tokens_per_second=rate,
             mfu=rate * self.size.flops_per_token / self.peak_flops,
             seconds=self.seconds(),
             peak_memory=peak_memory(self.world.device),
             **stats.aux,
         )
-        self.last["train"] = record
-        self.console.train(record, (self.steps - self.step) * spec_tokens / rate)
+        if self.norms.wanted:
+            self.metrics.write("norms", self.step, **self.norms.after_update(self.store))
 
-    def evaluate(self, split: str) -> dict[str, Any] | None:
+    def evaluate(self, split: str) -> Record | None:
         """Evaluate on a split, write the record and return it; None if the split has no data."""
-        dataset = self.data.datasets.get(split)
-        if dataset is None:
-            return None
-        cfg = self.config
-        # Which validation this is; the test set is read from its start whenever it is read.
-        index = self.step // cfg.evaluation.interval - 1 if cfg.evaluation.interval and split == "valid" else 0
-        spec = evaluation_spec(
-            max(index, 0),
-            cfg.evaluation.batches,
-            cfg.training.batch_size,
-            cfg.data.seq_length,
-            cfg.evaluation.continuing,
-        )
-        loader = self._loader(
-            dataset, RunPlan(cfg.training.batch_size, cfg.data.seq_length, 0), cfg.performance.prefetch
-        )
-        table, size = self.data.token_bytes, 0
-        counts = None if table is None else torch.from_numpy(table)
+        return evaluate(self, split)
 
-        def batches() -> Iterator[Batch]:
-            nonlocal size
-            for micro_batches in loader.stream_specs(spec.parts(cfg.training.batch_size)):
-                for batch in micro_batches:
-                    if counts is not None:
-                        size += int(counts[batch.labels[batch.labels >= 0]].sum())
-                    yield batch
-
-        stats = self.engine.evaluate(batches())
-        bits = stats.nll_sum / math.log(2) / size if size else None
-        perplexity = math.exp(min(stats.loss, 700.0))  # beyond that a double overflows
-        record = self.metrics.write(
-            split, self.step, loss=stats.loss, bits_per_byte=bits, perplexity=perplexity, tokens=stats.tokens
-        )
-        self.last[split] = record
-        self.console.evaluation(record)
-        return record
+    @property
+    def tested(self) -> bool:
+        """Whether the test set was evaluated after the last step, in this sitting or an earlier one."""
+        return self.last.get("test", {}).get("step") == self.steps
 
     def save(self, required: bool = True) -> None:
         """Write a checkpoint of this step.
@@ -222,7 +205,7 @@ class Run:
 
     def seconds(self) -> float:
         """Seconds of training, over all the sittings of this run."""
-        return self._seconds + time.monotonic() - self._began
+        return self.seconds_before + time.monotonic() - self._began
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides tensors (docs/contracts.md, section 4)."""
@@ -237,11 +220,14 @@ class Run:
             "data": self.data.fingerprints,
             "epochs": self.data.epochs,
             "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
+            "import": self.imported,
             "versions": {
                 "castalia": castalia.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
+            "git": self.facts["git"],
+            "command": self.facts["command"],
         }
 
     # Assembly.
@@ -251,14 +237,17 @@ class Run:
         """The folder of checkpoints."""
         return self.directory / "checkpoints"
 
-    @property
-    def eod(self) -> int | None:
-        """The end-of-document id."""
-        return self.tokenizer.eod if self.tokenizer else None
-
-    def _assemble(self) -> None:
+    def loader_of(self, dataset: SampleSource, plan: RunPlan) -> Loader:
+        """This rank's loader over a data set."""
         cfg = self.config
-        self.world: World = enter_world(cfg.performance.device)
+        eod = self.tokenizer.eod if self.tokenizer else None
+        shard = Shard(self.world.rank, self.world.size)
+        prefetch, masked = cfg.performance.prefetch, cfg.data.mask_loss_at_eod
+        return Loader(dataset, plan, shard, cfg.micro_batch_size, prefetch, eod, masked)
+
+    def _assemble(self) -> Begun | None:
+        """Make everything and read the state to go on from; returns what `start` gave, if it was used."""
+        cfg = self.config
         if cfg.performance.threads:
             torch.set_num_threads(cfg.performance.threads)
         self.matmul = choose_fp32_matmul(self.world.device)
@@ -266,100 +255,37 @@ class Run:
         self.model = build_model(cfg.model, cfg.training.seed, self.world.device)
         self.store = make_store(self.model, cfg.optimizer, cfg.training.precision, cfg.performance.arena)
         self.engine = LocalEngine(self.model, self.store, cfg.loss, cfg.performance.compile, cfg.training.seed)
-        resumed = self._resume()
+        self.norms = Norms(cfg.logging)
+        self.resumed = resume(self)
+        begun = None if self.resumed else begin(self)
         plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, tuple(self.journal))
-        self.loader = self._loader(self.data.datasets["train"], plan, cfg.performance.prefetch)
+        self.loader = self.loader_of(self.data.datasets["train"], plan)
         dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
-        self._write_files()
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
-        self.metrics.write(
-            "event", self.step, event="resume" if resumed else "start", text=f"{self.steps} steps in {self.directory}"
-        )
+        more = {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(cfg)}
+        self.facts = environment() | more
+        return begun
 
-    def _loader(self, dataset: SampleSource, plan: RunPlan, prefetch: int) -> Loader:
-        """This rank's loader over a data set."""
-        shard = Shard(self.world.rank, self.world.size)
-        mask = self.config.data.mask_loss_at_eod
-        return Loader(dataset, plan, shard, self.config.micro_batch_size, prefetch, self.eod, mask)
+    def _open_metrics(self, begun: Begun | None) -> Metrics:
+        """Write the folder's files, open what takes records, and say how the run begins."""
+        write_files(self.directory, self.config, self._sources, self.facts, self.tokenizer)
+        file = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
+        if self.resumed:
+            self.last = {r["kind"]: r for r in file.kept if r.get("kind") in ("train", "valid", "test")}
+        sinks = [self.console, *make_sinks(self.config, self.directory, self.world, self.step)]
+        self.metrics = Metrics(file, sinks, self.console.say)
+        if begun is not None:
+            self.imported = begun.text
+            self.metrics.write("event", self.step, event="import", text=begun.text)
+            for line in (f"beginning with {begun.text}", *begun.remarks):
+                self.console.say(line)
+        event = "resume" if self.resumed else "start"
+        self.metrics.write("event", self.step, event=event, text=f"{self.steps} steps in {self.directory}")
+        return self.metrics
 
-    def _make_directory(self) -> None:
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.directory}: the run's folder cannot be made: {error.strerror}") from None
-
-    def _resume(self) -> bool:
-        """Load the newest whole checkpoint, if there is one that may be gone on from."""
-        found = find_checkpoint(self.checkpoints)
-        if found is None:
-            return False
-        for problem in found.skipped:
-            self.console.say(f"WARNING: passed over {problem}")
-        state = found.state
-        if state["version"] != STATE_VERSION:
-            raise UserError(
-                f"{found.path}: written in state version {state['version']}; this release reads {STATE_VERSION}"
-            )
-        self._compare(state, found.path)
-        if state["step"] > self.steps:
-            raise UserError(
-                f"{found.path}: is at step {state['step']}, beyond training.steps {self.steps}: "
-                "raise training.steps, or give another name or output"
-            )
-        load_checkpoint(found.path, self.store.tensors())
-        self.store.refresh()
-        self.step, self.updates, self.tokens = state["step"], state["updates"], state["tokens"]
-        self.store.set_updates(self.updates)
-        self.journal, self._seconds = state["journal"], state["seconds"]
-        return True
-
-    def _compare(self, state: dict[str, Any], path: Path) -> None:
-        """Refuse to go on where that would make the curve jump."""
-        changed = [
-            d for d in differences(check_values(state["config"], str(path)), self.config) if d.kind == "numerics"
-        ]
-        lines = [f"{d.key}: {d.old} -> {d.new}" for d in changed]
-        if list(state["data"].values()) != list(self.data.fingerprints.values()):
-            lines.append("the data: its fingerprints differ")
-        elif state["epochs"] != self.data.epochs:
-            lines.append(
-                f"the data order: laid out for {state['epochs']} epochs, now for {self.data.epochs}, "
-                "which shuffles it anew"
-            )
-        identity = self.tokenizer.identity() if self.tokenizer else None
-        if state["tokenizer"] != identity:
-            lines.append("the tokenizer")
-        if not lines:
-            return
-        text = "; ".join(lines)
-        if not self._accept:
-            raise UserError(
-                f"{path}: this run was started with other settings that change what is computed ({text}): "
-                "restore them, give another name, or go on knowingly with --accept"
-            )
-        self.console.say(f"going on with changed settings, as accepted: {text}")
-
-    def _write_files(self) -> None:
-        """config.yaml, sources/, environment.json and the tokenizer, each replaced atomically."""
-        from castalia.train.environment import environment
-
-        sources = self.directory / "sources"
-        sources.mkdir(exist_ok=True)
-        for source in self._sources:
-            if source.resolve() != (self.directory / "config.yaml").resolve():
-                shutil.copyfile(source, sources / source.name)
-        _replace(self.directory / "config.yaml", to_yaml(self.config))
-        facts = environment() | {
-            "device": str(self.world.device),
-            "fp32_matmul": self.matmul,
-            "notes": notes(self.config),
-        }
-        _replace(self.directory / "environment.json", json.dumps(facts, indent=2) + "\n")
-        if self.tokenizer is not None:
-            content = self.tokenizer.file_bytes()
-            if content is not None:
-                _replace(self.directory / "tokenizer.json", content)
+    def _logs(self, step: int) -> bool:
+        """Whether this step is recorded."""
+        return step % self.config.logging.interval == 0 or step == self.steps
 
     def _announce(self) -> None:
         say, size = self.console.say, self.size
@@ -374,9 +300,3 @@ class Run:
         )
         if self.step:
             say(f"going on from step {self.step}")
-
-
-def _replace(path: Path, content: str | bytes) -> None:
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(fresh, path)
