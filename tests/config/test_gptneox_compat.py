@@ -46,8 +46,9 @@ def translated(tmp_path):
         ({"activation": "geglu"}, {"model.intermediate_size": 85}, {"model.intermediate_size": 170}),
         (
             {"checkpoint_factor": 3, "checkpoint_scale": "log"},
-            {"checkpoint.extra_steps": [1, 3, 9, 27, 81]},
-            {"checkpoint.extra_steps": [3, 9, 27, 81]},
+            # main saves at step 1 as well, the factor to the power of 0.
+            {"checkpoint.scale": "log", "checkpoint.log_factor": 3.0, "checkpoint.extra_steps": []},
+            {"checkpoint.scale": "linear", "checkpoint.interval": None, "checkpoint.extra_steps": [3, 9, 27, 81]},
         ),
         # v2.0 takes fp16.type before anything else, main does not know it.
         (

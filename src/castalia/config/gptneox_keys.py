@@ -149,11 +149,28 @@ TRANSLATED: dict[str, Translated] = {
     "eval_iters": _same("int", 100),
     "save": _same("text"),
     "load": _same("text"),
+    "finetune": _same("bool", False),
+    "no_load_optim": _same("bool", False),
+    "iteration": _same("int"),
     "checkpoint_factor": _same("number"),
     "checkpoint_scale": _same("text", "linear"),
     "extra_save_iters": _same("list"),
     "keep_last_n_checkpoints": _same("int"),
+    "char_level_ppl": _same("bool", False),
     "log_interval": _same("int", 100),
+    "log_dir": _same("text"),
+    "log_grad_norm": _same("bool", False),
+    "log_param_norm": _same("bool", False),
+    "log_optimizer_states": _same("bool", False),
+    "log_grad_pct_zeros": _same("bool", False),
+    "tensorboard_dir": _same("text"),
+    "use_wandb": _same("bool"),
+    "wandb_project": _same("text", "neox"),
+    "wandb_group": _same("text"),
+    "wandb_team": _same("text"),
+    "wandb_run_name": _same("text"),
+    "wandb_host": _same("text", "https://api.wandb.ai"),
+    "wandb_init_all_ranks": _same("bool", False),
     "peak_theoretical_tflops": _same("number"),
 }
 
@@ -193,7 +210,7 @@ _REPORTED = {
         do_test save_iters batch_size gas clip_grad dynamic_loss_scale config_files git_hash
         curriculum_seqlen""",
     "an object or a counter of the running program, not a setting": """
-        tensorboard_writer comet_experiment tokenizer user_script iteration""",
+        tensorboard_writer comet_experiment tokenizer user_script""",
     "how weights and moments are spread over devices changes no value": """
         zero_optimization zero_allow_untested_optimizer""",
     "matters only where layers are spread over pipeline stages": "pipe_partition_method",
@@ -209,14 +226,11 @@ _REPORTED = {
     "launching is not the configuration's business": """
         master_port master_addr launcher force_multi no_ssh_check
         comment account detect_nvlink_pairs distributed_backend deepspeed_mpi deepspeed_slurm""",
-    "metrics go to metrics.jsonl in the run's folder": """
-        use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host wandb_init_all_ranks wandb
-        tensorboard_dir tensorboard csv_monitor use_comet comet_workspace comet_project comet_experiment_name
-        comet_tags comet_others log_dir""",
-    "the norm of the whole gradient is recorded; this is not recorded yet": """
-        log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states log_gradient_noise_scale
-        gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload""",
-    "bits per byte are reported instead, where the tokenizer is known": "char_level_ppl",
+    "metrics go to metrics.jsonl in the run's folder, and to TensorBoard or W&B if they are asked for above": """
+        wandb tensorboard csv_monitor use_comet comet_workspace comet_project comet_experiment_name comet_tags
+        comet_others""",
+    "the gradient noise scale is not recorded yet": """
+        log_gradient_noise_scale gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload""",
     "profiling is not part of the configuration": """
         memory_profiling memory_profiling_path profile profile_step_start profile_step_stop flops_profiler""",
     "data is read by background threads: performance.prefetch": "num_workers mmap_warmup",
@@ -265,8 +279,6 @@ REFUSED: dict[str, Refused] = {
     "pack_impl": Refused("samples that are not packed", ("packed",)),
     "dataset_impl": Refused("data sets of pairs or online data", ("gpt2",)),
     "train_impl": Refused("preference training", ("normal",)),
-    "finetune": Refused("starting from the weights of another run", (False,)),
-    "no_load_optim": Refused("running without an optimizer", (False,)),
     "s3_path": Refused("checkpoints on S3"),
 } | {key: Refused("data sets of labels, rewards or pairs", ([],)) for key in _SPECIAL_DATA}
 
@@ -279,6 +291,15 @@ IDLE: dict[str, str] = {
     "rpe_num_buckets": "used only by pos_emb rpe",
     "rpe_max_distance": "used only by pos_emb rpe",
     "apply_query_key_layer_scaling": "scores are divided and multiplied back by it: the same function",
+    "load": "is the run's own folder",
+    "finetune": "used only with load",
+    "no_load_optim": "used only with load",
+    "iteration": "used only with load",
+    **dict.fromkeys(
+        ("wandb_project", "wandb_group", "wandb_team", "wandb_run_name", "wandb_host", "wandb_init_all_ranks"),
+        "used only with use_wandb: true",
+    ),
+    "use_wandb": "W&B is not used",
     "gpt_j_tied": "used only with gpt_j_residual",
     "param_sharing_style": "used only with num_unique_layers",
     **dict.fromkeys(

@@ -14,6 +14,7 @@ from castalia.config.gptneox_given import Given, Rule, near
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
 from castalia.config.gptneox_model import MODEL_RULES, attention, score_scaling
+from castalia.config.gptneox_run import RUN_RULES, resuming, saving
 
 # Theirs -> ours, the value as it is.
 RENAMED: dict[str, str] = {
@@ -42,6 +43,10 @@ RENAMED: dict[str, str] = {
     "save": "output",
     "keep_last_n_checkpoints": "checkpoint.keep_last",
     "log_interval": "logging.interval",
+    "log_grad_pct_zeros": "logging.zero_gradients",
+    "log_dir": "logging.log_dir",
+    "tensorboard_dir": "logging.tensorboard",
+    "char_level_ppl": "evaluation.characters",
 }
 REQUIRED: dict[str, str] = {
     "num_layers": "model.num_layers",
@@ -203,7 +208,7 @@ def _precision_v2(given: Given) -> str:
     return "fp32"
 
 
-# Data, checkpoints, evaluation, logging.
+# Data and tokenizer.
 
 
 def data_split(given: Given) -> str | None:
@@ -232,18 +237,6 @@ def merge_file(given: Given) -> None:
         given.remark("merge_file: a tokenizer.json holds its own merges")
 
 
-def saving(given: Given) -> None:
-    """GPT-NeoX wants to know when, where it is told to save."""
-    if "save" in given and "checkpoint_factor" not in given and "extra_save_iters" not in given:
-        given.fail("save", "needs checkpoint_factor or extra_save_iters: the steps at which to save")
-
-
-def resuming(given: Given) -> None:
-    """Two switches that exclude each other; neither matters otherwise."""
-    if given.values.get("override_lr_scheduler") and given.values.get("use_checkpoint_lr_scheduler"):
-        given.fail("override_lr_scheduler", "and 'use_checkpoint_lr_scheduler' are both true: keep one")
-
-
 def data_paths(given: Given) -> None:
     """One data set that is split, or one list for each split."""
     lists = [f"{split}_data_paths" for split in ("train", "valid", "test")]
@@ -251,64 +244,6 @@ def data_paths(given: Given) -> None:
     if missing and len(missing) < 3:
         first = next(key for key in lists if key in given)
         given.fail(first, f"is given without {' and '.join(missing)}: GPT-NeoX wants all three, or data_path")
-
-
-def load_from(given: Given) -> None:
-    """GPT-NeoX resumes from `load`; here a run always goes on from its own folder."""
-    if "load" in given and given["load"] != given["save"]:
-        given.unsupported(
-            "load", "starting from the checkpoint of another run", "remove it, or make it equal to 'save'"
-        )
-
-
-def checkpoint_interval(given: Given) -> int | None:
-    """Steps between checkpoints on the linear scale."""
-    factor = given["checkpoint_factor"]
-    if _scale(given) == "log" or factor is None:
-        return None
-    if factor != int(factor) or factor < 1:
-        given.fail("checkpoint_factor", f"must be a whole number from 1 on, got {factor}")
-    return int(factor)
-
-
-def extra_steps(given: Given) -> list[Any]:
-    """Further steps, and those of the log scale: powers of the factor, from 1 (v2.0: from the factor) on."""
-    extra: list[Any] = list(given["extra_save_iters"] or [])
-    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in extra):
-        given.fail("extra_save_iters", "must be a list of steps, whole numbers from 0 on")
-    factor = given["checkpoint_factor"]
-    if _scale(given) == "linear" or factor is None:
-        return extra
-    if factor < 1.01:
-        given.fail("checkpoint_factor", f"is {factor}, but on the log scale it must be above 1")
-    steps, power = given.required("train_iters"), 1.0 if given.compat == "main" else float(factor)
-    while power < steps:
-        extra.append(int(power))
-        power *= factor
-    return sorted(set(extra))
-
-
-def _scale(given: Given) -> str:
-    return given.choose("checkpoint_scale", {"linear": "linear", "log": "log"})
-
-
-def evaluates(given: Given) -> bool:
-    """Whether anything is evaluated; GPT-NeoX's eval_iters 0 means never."""
-    return int(given["eval_iters"]) > 0
-
-
-def evaluation_interval(given: Given) -> int | None:
-    """Steps between validations."""
-    if given.values.get("eval_interval", 0) is None:
-        return None
-    interval = given["eval_interval"]
-    return interval if evaluates(given) and interval > 0 else None
-
-
-def peak_flops(given: Given) -> float | None:
-    """FLOP/s from their TFLOP/s."""
-    peak = given["peak_theoretical_tflops"]
-    return None if peak is None else peak * 1e12
 
 
 _BATCH = (
@@ -340,21 +275,13 @@ RULES: tuple[Rule, ...] = (
     Rule("loss.normalisation", (), lambda g: "micro_batch_mean"),
     Rule("data.split", ("split",), data_split),
     Rule("tokenizer.path", ("vocab_file", "tokenizer_type"), tokenizer_path),
-    Rule("checkpoint.interval", ("checkpoint_factor", "checkpoint_scale"), checkpoint_interval),
-    Rule("checkpoint.extra_steps", ("extra_save_iters", "checkpoint_factor"), extra_steps),
-    Rule("evaluation.interval", ("eval_interval", "eval_iters"), evaluation_interval),
-    Rule("evaluation.batches", ("eval_iters",), lambda g: g["eval_iters"] if evaluates(g) else None),
-    Rule("evaluation.at_end", ("eval_iters",), evaluates),
-    Rule("evaluation.test_at_end", ("eval_iters",), evaluates),
-    Rule("evaluation.continuing", (), lambda g: True),
-    Rule("performance.peak_flops", ("peak_theoretical_tflops",), peak_flops),
+    *RUN_RULES,
 )
 # What is only checked: their keys, and the check.
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (
     (("attention_config", "sliding_window_width"), attention),
     (("apply_query_key_layer_scaling",), score_scaling),
     (("merge_file",), merge_file),
-    (("load",), load_from),
     (("save",), saving),
     ((), resuming),
     (("train_data_paths", "valid_data_paths", "test_data_paths"), data_paths),

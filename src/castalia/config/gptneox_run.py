@@ -1,0 +1,178 @@
+"""What surrounds the training of a GPT-NeoX file -> where our run begins, saves, evaluates and logs.
+
+load, save, finetune, iteration       start.*, output
+checkpoint_scale, checkpoint_factor   checkpoint.*
+eval_interval, eval_iters             evaluation.*
+use_wandb, tensorboard_dir, log_*     logging.*
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from castalia.config.gptneox_given import Given, Rule
+
+# Where a run begins.
+
+
+def start_path(given: Given) -> str | None:
+    """What a run begins from; `load` equal to `save` means its own folder, from which ours goes on by itself."""
+    load = given["load"]
+    if load is None:
+        return None
+    if load == given["save"] and not given["finetune"]:
+        given.remark(
+            "load: is the run's own folder, from which it goes on by itself; to begin from GPT-NeoX's checkpoints "
+            "there, give start.path and another output"
+        )
+        return None
+    return str(load)
+
+
+def start_optimizer(given: Given) -> bool | None:
+    """Whether the optimizer's state and the position come along."""
+    if start_path(given) is None:
+        return None
+    if given["no_load_optim"]:
+        given.remark(
+            "no_load_optim: the weights alone are taken and the run begins at step 0; "
+            "GPT-NeoX has no optimizer then, and cannot train"
+        )
+    return not (given["finetune"] or given["no_load_optim"])
+
+
+def start_step(given: Given) -> int | None:
+    """Which checkpoint of several."""
+    return None if start_path(given) is None else given["iteration"]
+
+
+def saving(given: Given) -> None:
+    """GPT-NeoX wants to know when, where it is told to save."""
+    if "save" in given and "checkpoint_factor" not in given and "extra_save_iters" not in given:
+        given.fail("save", "needs checkpoint_factor or extra_save_iters: the steps at which to save")
+
+
+def resuming(given: Given) -> None:
+    """Two switches that exclude each other; neither matters otherwise."""
+    if given.values.get("override_lr_scheduler") and given.values.get("use_checkpoint_lr_scheduler"):
+        given.fail("override_lr_scheduler", "and 'use_checkpoint_lr_scheduler' are both true: keep one")
+
+
+# Checkpoints.
+
+
+def checkpoint_interval(given: Given) -> int | None:
+    """Steps between checkpoints on the linear scale."""
+    factor = given["checkpoint_factor"]
+    if _log(given) or factor is None:
+        return None
+    if factor != int(factor) or factor < 1:
+        given.fail("checkpoint_factor", f"must be a whole number from 1 on, got {factor}")
+    return int(factor)
+
+
+def log_factor(given: Given) -> float | None:
+    """main's log scale, at the powers of the factor from 1 on; v2.0's is spelled out by `extra_steps`."""
+    if not _log(given) or "checkpoint_factor" not in given:
+        return None
+    factor = given["checkpoint_factor"]
+    if factor <= 1:
+        given.fail("checkpoint_factor", f"is {factor}, but on the log scale it must be above 1")
+    return float(factor) if given.compat == "main" else None
+
+
+def extra_steps(given: Given) -> list[Any]:
+    """Further steps, and those of v2.0's log scale, whose first power is the factor itself."""
+    extra: list[Any] = list(given["extra_save_iters"] or [])
+    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in extra):
+        given.fail("extra_save_iters", "must be a list of steps, whole numbers from 0 on")
+    if not _log(given) or given.compat == "main" or "checkpoint_factor" not in given:
+        return extra
+    factor, steps = given["checkpoint_factor"], given.required("train_iters")
+    if factor < 1.01:
+        given.fail("checkpoint_factor", f"is {factor}, but on the log scale it must be above 1")
+    power = float(factor)
+    while power < steps:
+        extra.append(int(power))
+        power *= factor
+    return sorted(set(extra))
+
+
+def _log(given: Given) -> bool:
+    return given.choose("checkpoint_scale", {"linear": "linear", "log": "log"}) == "log"
+
+
+# Evaluation.
+
+
+def evaluates(given: Given) -> bool:
+    """Whether anything is evaluated; GPT-NeoX's eval_iters 0 means never."""
+    return int(given["eval_iters"]) > 0
+
+
+def evaluation_interval(given: Given) -> int | None:
+    """Steps between validations."""
+    if given.values.get("eval_interval", 0) is None:
+        return None
+    interval = given["eval_interval"]
+    return interval if evaluates(given) and interval > 0 else None
+
+
+# Logging.
+
+_NORMS = {"log_grad_norm": "gradient", "log_param_norm": "parameter", "log_optimizer_states": "optimizer"}
+_WANDB = {
+    "wandb_project": "wandb_project",
+    "wandb_group": "wandb_group",
+    "wandb_team": "wandb_entity",
+    "wandb_run_name": "wandb_name",
+    "wandb_host": "wandb_host",
+    "wandb_init_all_ranks": "wandb_all_ranks",
+}
+_PUBLIC_WANDB = "https://api.wandb.ai"
+
+
+def norms(given: Given) -> list[str] | None:
+    """Which norms of each parameter are recorded."""
+    return [ours for key, ours in _NORMS.items() if given[key]] or None
+
+
+def _wandb(key: str) -> Callable[[Given], Any]:
+    """One of W&B's settings, where it is used at all; GPT-NeoX also uses it where it finds an API key."""
+
+    def value(given: Given) -> Any:
+        if not given["use_wandb"]:
+            if key in given and "use_wandb" not in given:
+                given.remark(
+                    "use_wandb: not given, so W&B is off here; GPT-NeoX switches it on wherever it finds an API key"
+                )
+            return None
+        return None if given[key] == _PUBLIC_WANDB else given[key]
+
+    return value
+
+
+def peak_flops(given: Given) -> float | None:
+    """FLOP/s from their TFLOP/s."""
+    peak = given["peak_theoretical_tflops"]
+    return None if peak is None else peak * 1e12
+
+
+RUN_RULES: tuple[Rule, ...] = (
+    Rule("start.path", ("load",), start_path),
+    Rule("start.optimizer", ("finetune", "no_load_optim"), start_optimizer),
+    Rule("start.step", ("iteration",), start_step),
+    Rule("checkpoint.interval", ("checkpoint_factor", "checkpoint_scale"), checkpoint_interval),
+    Rule("checkpoint.log_factor", ("checkpoint_factor",), log_factor),
+    Rule("checkpoint.scale", ("checkpoint_scale",), lambda g: "linear" if log_factor(g) is None else "log"),
+    Rule("checkpoint.extra_steps", ("extra_save_iters", "checkpoint_factor"), extra_steps),
+    Rule("evaluation.interval", ("eval_interval", "eval_iters"), evaluation_interval),
+    Rule("evaluation.batches", ("eval_iters",), lambda g: g["eval_iters"] if evaluates(g) else None),
+    Rule("evaluation.at_end", ("eval_iters",), evaluates),
+    Rule("evaluation.test_at_end", ("eval_iters",), evaluates),
+    Rule("evaluation.continuing", (), lambda g: True),
+    Rule("logging.norms", tuple(_NORMS), norms),
+    *(Rule(f"logging.{ours}", (key, "use_wandb"), _wandb(key)) for key, ours in _WANDB.items()),
+    Rule("performance.peak_flops", ("peak_theoretical_tflops",), peak_flops),
+)
