@@ -1,7 +1,7 @@
 """Real GPT-NeoX runs, repeated: their YAML keys, their data, their step-0 weights, their 30 losses.
 
-The whole of Castalia's own path is used (translation, data order, engine, schedule, store);
-only the first weights are theirs. What must come out is in tests/fixtures/gptneox_runs.
+The whole of Castalia's own path is used (translation, data order, import, engine, schedule,
+store); only the first weights are theirs. What must come out is in tests/fixtures/gptneox_runs.
 """
 
 from __future__ import annotations
@@ -24,31 +24,27 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptneox_runs"
 class Repeated:
     """A fixture run, trained again by Castalia."""
 
-    def __init__(self, name: str, folder: Path, **changes: object) -> None:
+    def __init__(self, name: str, folder: Path, *overrides: str, **changes: object) -> None:
         self.record = json.loads((FIXTURES / f"{name}.json").read_text())
         keys = self.record["config"] | {
             "data-path": str(FIXTURES / self.record["data_path"]),
             "vocab-file": str(FIXTURES / self.record["vocab_file"]),
             "save": str(folder / "run"),
         }
+        # Spread over two devices there; one does here. 128 x 2 and 128 both round its 500 ids up to 512.
+        keys |= {"model_parallel_size": 1, "global_num_gpus": 1} if name == "tp2_std" else {}
         source = folder / f"{name}.yml"
         source.write_text(json.dumps(keys | changes))
-        self.config = load([source], ["performance.threads=1", "performance.peak_flops=1e11"])
         self.save = FIXTURES / f"ckpt_{name}"
+        begin = [f"start.path={self.save}", "start.step=0", "start.optimizer=false"]
+        self.config = load([source], ["performance.threads=1", "performance.peak_flops=1e11", *begin, *overrides])
 
     def begin(self) -> Run:
         """The run, assembled, with GPT-NeoX's step-0 weights."""
-        run = Run(self.config, quiet=True).__enter__()
-        theirs = load_gptneox_checkpoint(self.save, run.config.model, step=0)
-        mine = run.store.tensors()
-        assert {f"model.{n}" for n in theirs.weights} == {n for n in mine if n.startswith("model.")}
-        for name, value in theirs.weights.items():
-            mine[f"model.{name}"].copy_(value)
-        run.store.refresh()
-        return run
+        return Run(self.config, quiet=True).__enter__()
 
 
-@pytest.fixture(scope="module", params=["seq_gptj", "pp1_gptj"])
+@pytest.fixture(scope="module", params=["seq_gptj", "pp1_gptj", "tp2_std"])
 def repeated(request, tmp_path_factory):
     case = Repeated(request.param, tmp_path_factory.mktemp(request.param))
     run = case.begin()
@@ -62,6 +58,11 @@ def repeated(request, tmp_path_factory):
 def _logits(run):
     tokens = torch.from_numpy(np.random.RandomState(5).randint(0, 500, (2, 64)))
     return run.model.logits(run.model(tokens))
+
+
+def test_what_the_run_began_from_is_recorded(repeated):
+    event = next(r for r in repeated.metrics if r.get("event") == "import")
+    assert event["step"] == 0 and str(repeated.save) in event["text"] and "weights alone" in event["text"]
 
 
 def test_thirty_losses(repeated):
@@ -82,9 +83,10 @@ def test_final_weights_and_moments(repeated):
     theirs = load_gptneox_checkpoint(repeated.save, repeated.run.config.model, step=30)
     mine = repeated.run.store.tensors()
     for name, value in theirs.weights.items():
-        # Adam divides tiny gradients, so single weights may differ by up to 1e-3 (the fixtures' README); a key's
-        # bias has no true gradient at all, which shows most in the small fused biases.
-        assert (mine[f"model.{name}"] - value).abs().max() < 1.5e-3, name
+        # Adam divides tiny gradients, so single weights may differ by up to 1e-3 (the fixtures' README). A key's bias
+        # has no true gradient at all: it walks by up to the learning rate, 3e-3, on rounding alone.
+        limit = 5e-3 if name.endswith("qkv.bias") else 1.5e-3
+        assert (mine[f"model.{name}"] - value).abs().max() < limit, name
         assert (mine[f"model.{name}"] - value).norm() < (2e-2 if name.endswith("bias") else 1e-3) * value.norm(), name
     assert theirs.optimizer is not None
     for name, state in theirs.optimizer.items():
@@ -95,11 +97,13 @@ def test_final_weights_and_moments(repeated):
 
 def test_logits(repeated):
     """Of the weights that GPT-NeoX saved at the end (there are none for pp1_gptj)."""
-    reference = FIXTURES / f"logits_{repeated.record['name']}_r0.npy"
+    references = sorted(FIXTURES.glob(f"logits_{repeated.record['name']}_r*.npy"))
     if repeated.record["name"] == "pp1_gptj":
-        assert not reference.exists()
+        assert not references
         return
-    expected = torch.from_numpy(np.load(reference)).float()
+    # Each tensor-parallel rank has its slice of the vocabulary.
+    expected = torch.cat([torch.from_numpy(np.load(path)).float() for path in references], dim=-1)
+    assert expected.shape[-1] == repeated.config.model.vocab_multiple * 4
     theirs = load_gptneox_checkpoint(repeated.save, repeated.run.config.model, step=30)
     repeated.run.model.load_state_dict(theirs.weights)
     found = _logits(repeated.run).view(expected.shape)
