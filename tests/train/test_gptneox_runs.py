@@ -82,17 +82,20 @@ def test_validation_losses(repeated):
 def test_final_weights_and_moments(repeated):
     theirs = load_gptneox_checkpoint(repeated.save, repeated.run.config.model, step=30)
     mine = repeated.run.store.tensors()
+    heads = repeated.run.config.model.num_attention_heads
     for name, value in theirs.weights.items():
-        # Adam divides tiny gradients, so single weights may differ by up to 1e-3 (the fixtures' README). A key's bias
-        # has no true gradient at all: it walks by up to the learning rate, 3e-3, on rounding alone.
-        limit = 5e-3 if name.endswith("qkv.bias") else 1.5e-3
-        assert (mine[f"model.{name}"] - value).abs().max() < limit, name
-        assert (mine[f"model.{name}"] - value).norm() < (2e-2 if name.endswith("bias") else 1e-3) * value.norm(), name
+        difference = mine[f"model.{name}"] - value
+        if name.endswith("qkv.bias"):
+            # A softmax does not feel a key's bias, so its gradient is rounding, which Adam divides by its own size:
+            # it walks at random, by at most the learning rate of 3e-3 a step. Each head is query, key, value.
+            assert difference.view(heads, 3, -1)[:, 1].abs().max() < 1e-2, name
+            difference = difference.view(heads, 3, -1)[:, ::2]
+        assert difference.norm() < 5e-5 * value.norm(), name
     assert theirs.optimizer is not None
     for name, state in theirs.optimizer.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             difference = (mine[f"optimizer.{name}.{moment}"] - state[moment]).norm()
-            assert difference < 2e-3 * state[moment].norm(), (name, moment)
+            assert difference < 5e-5 * state[moment].norm(), (name, moment)
 
 
 def test_logits(repeated):
