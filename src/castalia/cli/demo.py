@@ -12,6 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", metavar="FILE", help="your own text (.txt, .jsonl, a folder) instead of the standard library"
     )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings laid over configs/demo.yml")
     parser.add_argument("--folder", default=".", help="write data/demo and runs/demo below this folder (default: here)")
     parser.add_argument("--minutes", type=float, default=3.0, help="how long to train (default 3)")
     parser.add_argument("--prompt", default="def ", help="what the sample at the end continues")
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--minutes {args.minutes} must be above 0")
     corpus = Path(args.corpus) if args.corpus else None
     try:
-        result = run_demo(Path(args.folder), corpus, minutes, print_lines, args.prompt)
+        result = run_demo(Path(args.folder), corpus, minutes, print_lines, args.prompt, args.settings)
     except Stopped as stop:
         print_lines(f"castalia: {stop}")
         return 3

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,12 @@ class DemoResult:
 
 
 def run_demo(
-    folder: Path, corpus: Path | None, minutes: float, say: Callable[[str], None], prompt: str = "def "
+    folder: Path,
+    corpus: Path | None,
+    minutes: float,
+    say: Callable[[str], None],
+    prompt: str = "def ",
+    overrides: Sequence[str] = (),
 ) -> DemoResult:
     """Prepare, train, compare and report.
 
@@ -50,6 +55,7 @@ def run_demo(
         minutes: how long to train.
         say: takes each line for people.
         prompt: what the sample at the end continues.
+        overrides: `key=value` settings laid over configs/demo.yml.
 
     Raises:
         UserError: the corpus cannot be read or is too small, or the folder holds another demo's run.
@@ -62,10 +68,10 @@ def run_demo(
     say("[3/5] token data sets")
     _prepare(data, tokenizer, say)
     say(f"[4/5] training for about {minutes:g} minutes")
-    config = _config(data, run_dir)
-    steps = _affordable_steps(config, tokenizer.vocab_size, 60 * minutes, say)
+    config = _config(data, run_dir, overrides)
+    precision, steps = _affordable(config, tokenizer.vocab_size, 60 * minutes, say)
     values = config.model_dump()
-    values["training"]["steps"] = steps
+    values["training"] |= {"steps": steps, "precision": precision}
     shutil.rmtree(run_dir, ignore_errors=True)
     run = _train(check_values(values, "castalia demo"))
     say("[5/5] comparison on the unseen files")
@@ -130,13 +136,13 @@ def _prepare(data: Path, tokenizer: Any, say: Callable[[str], None]) -> None:
         say(f"      {part}: {summary['tokens']:,} tokens, {summary['bytes'] / summary['tokens']:.2f} bytes per token")
 
 
-def _config(data: Path, run_dir: Path) -> Config:
+def _config(data: Path, run_dir: Path, overrides: Sequence[str]) -> Config:
     source = shipped_config("demo.yml")
     paths = [
         f"data.train_paths=[{json.dumps(str(data / 'train'))}]",
         f"data.valid_paths=[{json.dumps(str(data / 'valid'))}]",
     ]
-    return load([source], [*paths, f"output={json.dumps(str(run_dir))}"])
+    return load([source], [*paths, f"output={json.dumps(str(run_dir))}", *overrides])
 
 
 def shipped_config(name: str) -> Path:
@@ -148,8 +154,22 @@ def shipped_config(name: str) -> Path:
     raise UserError(f"configs/{name} is missing from this installation: install castalia again")
 
 
-def _affordable_steps(config: Config, vocab_size: int, seconds: float, say: Callable[[str], None]) -> int:
-    """Time some steps on random tokens and reckon how many fit; at least 10."""
+def _affordable(config: Config, vocab_size: int, seconds: float, say: Callable[[str], None]) -> tuple[str, int]:
+    """The faster precision on this machine, and how many steps of it fit into the time.
+
+    bf16 is twice as fast as fp32 on some CPUs and half as fast on others, so both are tried.
+    """
+    times = {p: _seconds_per_step(config, vocab_size, p, min(5.0, 0.05 * seconds)) for p in ("fp32", "bf16")}
+    precision = min(times, key=lambda p: times[p])
+    # Validation and checkpoints take their share too.
+    steps = max(10, int(0.93 * seconds / times[precision]))
+    measured = ", ".join(f"{1000 * t:.0f} ms in {p}" for p, t in times.items())
+    say(f"      a step takes {measured}: {steps:,} steps in {precision}")
+    return precision, steps
+
+
+def _seconds_per_step(config: Config, vocab_size: int, precision: str, budget: float) -> float:
+    """Median time of a step on random tokens."""
     import torch
 
     from castalia.data.loader import Batch
@@ -163,8 +183,8 @@ def _affordable_steps(config: Config, vocab_size: int, seconds: float, say: Call
     world = enter_world(full.performance.device)
     choose_fp32_matmul(world.device)
     model = build_model(full.model, 0, world.device)
-    store = make_store(model, full.optimizer, full.training.precision, full.performance.arena)
-    engine = LocalEngine(model, store, full.loss, full.performance.compile)
+    store = make_store(model, full.optimizer, precision, full.performance.arena)
+    engine = LocalEngine(model, store, full.loss)
     shape = (full.micro_batch_size, full.data.seq_length + 1)
     ids = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.arange(shape[1] - 1).expand(shape[0], -1))
@@ -172,17 +192,13 @@ def _affordable_steps(config: Config, vocab_size: int, seconds: float, say: Call
     times: list[float] = []
     began = time.monotonic()
     # The first steps also allocate and plan; a few seconds are enough for a rate.
-    while len(times) < 4 or (time.monotonic() - began < min(5.0, 0.1 * seconds) and len(times) < 40):
+    while len(times) < 5 or (time.monotonic() - began < budget and len(times) < 100):
         started = time.monotonic()
         engine.forward_backward([batch] * micro, batch.num_tokens * micro)
         store.gradient_norm().item()
         store.step(1e-4)
         times.append(time.monotonic() - started)
-    step = sorted(times[2:])[len(times[2:]) // 2]
-    # Validation and checkpoints take their share too.
-    steps = max(10, int(0.93 * seconds / step))
-    say(f"      {step * 1000:.0f} ms per step measured: {steps:,} steps")
-    return steps
+    return sorted(times[2:])[len(times[2:]) // 2]
 
 
 def _train(config: Config) -> Path:

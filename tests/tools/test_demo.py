@@ -1,0 +1,66 @@
+"""The demo on a small corpus of the user's own: every file it promises, figures that are real."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from castalia.data.corpora import stdlib_corpus
+from castalia.errors import UserError
+from castalia.tools.demo import demo_minutes, run_demo
+
+SMALL = ["model.num_layers=1", "model.hidden_size=64", "model.num_attention_heads=2", "data.seq_length=64"]
+SMALL += ["training.batch_size=4", "performance.threads=1", "evaluation.batches=2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    size = 0
+    for number, (_, text) in enumerate(stdlib_corpus()):
+        (folder / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+        size += len(text)
+        if size > 400_000 and number > 60:
+            break
+    return folder
+
+
+def test_own_corpus(corpus, tmp_path):
+    lines = []
+    result = run_demo(tmp_path, corpus, minutes=0.02, say=lines.append, overrides=SMALL)
+    rows = {(row["name"], row["note"]): row["bits_per_byte"] for row in result.comparison["rows"]}
+    assert set(rows) >= {("castalia", "trained on the training text"), ("xz -9", "alone"), ("zstd -19", "alone")}
+    # Ten steps are enough to beat eight bits per byte, and not enough to beat a compressor.
+    assert 1.0 < rows["castalia", "trained on the training text"] < 7.0
+    assert rows["xz -9", "given the training text"] < rows["xz -9", "alone"]
+    page = result.report.read_text(encoding="utf-8")
+    assert "xz -9" in page and "castalia" in page and "http" not in page.replace("http://www.w3.org", "")
+    train = (tmp_path / "data" / "demo" / "train.jsonl").read_text().splitlines()
+    valid = (tmp_path / "data" / "demo" / "valid.jsonl").read_text().splitlines()
+    assert not {json.loads(line)["name"] for line in train} & {json.loads(line)["name"] for line in valid}
+    assert any("steps in" in line for line in lines)
+
+
+def test_one_file_keeps_its_end_unseen(tmp_path):
+    text = "".join(f"line {i}: the quick brown fox number {i * i} jumps over {i % 97} dogs\n" for i in range(4000))
+    source = tmp_path / "book.txt"
+    source.write_text(text)
+    result = run_demo(tmp_path, source, minutes=0.01, say=lambda _: None, overrides=SMALL)
+    valid = json.loads((tmp_path / "data" / "demo" / "valid.jsonl").read_text())["text"]
+    assert text.endswith(valid) and len(valid) == pytest.approx(0.05 * len(text), rel=0.01)
+    assert result.comparison["valid_bytes"] == len(valid)
+
+
+def test_too_little_text(tmp_path):
+    (tmp_path / "note.txt").write_text("not much")
+    with pytest.raises(UserError, match=r"note\.txt: holds 8 bytes"):
+        run_demo(tmp_path, tmp_path / "note.txt", minutes=0.01, say=lambda _: None)
+
+
+def test_seconds_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CASTALIA_DEMO_SECONDS", "30")
+    assert demo_minutes(3.0) == 0.5
+    monkeypatch.setenv("CASTALIA_DEMO_SECONDS", "soon")
+    with pytest.raises(UserError, match="CASTALIA_DEMO_SECONDS"):
+        demo_minutes(3.0)
