@@ -27,7 +27,8 @@ VERBS = {
     "export": "run -> a folder in Hugging Face format",
     "report": "runs -> one HTML page with curves",
     "plan": "parameters, FLOPs and bytes of a configuration",
-    "config": "show, check and explain a configuration",
+    "config": "show, explain, check, compare and convert configurations",
+    "deepy": "the command line of GPT-NeoX's launcher",
 }
 
 

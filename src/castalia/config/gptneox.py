@@ -91,8 +91,7 @@ def translate(documents: Sequence[Document], overwrite: Mapping[str, Any] | None
         UserError: a key is unknown, repeated, of the wrong kind, or asks for what is not
             implemented; or the values contradict each other.
     """
-    given = _merge(documents, overwrite or {})
-    given.check_kinds()
+    given = merge(documents, overwrite or {})
     _refuse(given)
     for _, check in CHECKS:
         check(given)
@@ -120,7 +119,8 @@ def translate(documents: Sequence[Document], overwrite: Mapping[str, Any] | None
     return Translation(values, origins, [*given.remarks, *_notes(given, values, became)])
 
 
-def _merge(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Given:
+def merge(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Given:
+    """What the files say together, not translated; raises UserError as `translate` does of keys and kinds."""
     given = Given({}, {})
     for document in documents:
         for (key,), value, here in flatten(document):
@@ -136,6 +136,7 @@ def _merge(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Given
         if compat not in VERSIONS:
             given.fail_at(COMPAT, f"must be {' or '.join(VERSIONS)}, got {str(compat)[:40]!r}")
         given.compat = compat
+    given.check_kinds()
     return given
 
 

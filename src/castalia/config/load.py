@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from castalia.config import gptneox
+from castalia.config.gptneox_given import Given
 from castalia.config.schema import Config
 from castalia.config.yaml12 import Document, Origin, Path_, parse_value, parse_yaml, read_yaml
 from castalia.errors import UserError
@@ -35,6 +36,7 @@ __all__ = [
     "nearest",
     "notes",
     "origins",
+    "read_gptneox",
 ]
 
 COMMAND_LINE = Origin("command line")
@@ -98,6 +100,20 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     for key, value in given:
         _override(tree, key, value)
     return check(tree)
+
+
+def read_gptneox(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Given:
+    """GPT-NeoX files merged and not translated, for what is no part of a run: generation, evaluation.
+
+    Raises:
+        UserError: a file is not GPT-NeoX's, or anything is wrong with it.
+    """
+    _distinct(paths)
+    documents = _documents([Path(path) for path in paths])
+    for document in documents:
+        if gptneox.family(document) == "castalia":
+            raise UserError(f"{document.path} is a Castalia file: generate from its run with `castalia generate RUN`")
+    return gptneox.merge(documents, dict(_split_override(text) for text in overrides))
 
 
 def from_yaml(text: str, where: str = "<text>") -> Config:

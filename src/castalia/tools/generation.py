@@ -1,0 +1,144 @@
+"""GPT-NeoX's settings of text generation -> records as its generate.py writes them.
+
+    text_gen_type unconditional     num_samples empty prompts        -> sample_output_file, if given
+                  input-file        prompts split at prompt_end      -> sample_output_file or INPUT.output.jsonl
+                  interactive       prompts read from the terminal   -> the terminal
+
+A record is one JSON object on a line: context, text, length, finished, message, duration_seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from castalia.config.files import write_text
+from castalia.config.gptneox_given import Given
+from castalia.errors import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "maximum_tokens": 64,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 0.0,
+    "num_samples": 1,
+    "prompt_end": "\n",
+    "seed": 1234,
+}
+_NOT_STARTED = "WARNING: text generation did not start; try different batching or adjust parameters"
+
+
+def generate_as_gptneox(folder: str, given: Given) -> Iterator[str]:
+    """Generate as the merged settings say; yields lines for the terminal.
+
+    Args:
+        folder: a run of ours.
+        given: GPT-NeoX's settings, merged and not translated.
+
+    Raises:
+        UserError: a setting is wrong, or there is nothing to generate from.
+    """
+    values = {key: _number(given, key, default) for key, default in DEFAULTS.items()}
+    source = given.values.get("sample_input_file")
+    kind = given.values.get("text_gen_type") or ("input-file" if source else "unconditional")
+    if kind not in ("unconditional", "input-file", "interactive"):
+        given.fail("text_gen_type", f"is {str(kind)!r}: use unconditional, input-file or interactive")
+    if given.values.get("return_logits"):
+        given.fail("return_logits", "asks for logits beside the text, which is not implemented yet: remove it")
+    if kind == "input-file" and not source:
+        raise UserError("text_gen_type input-file needs 'sample_input_file', a file of prompts: add it")
+    prompts = _read(str(source), values["prompt_end"]) if kind == "input-file" else [""] * values["num_samples"]
+
+    from castalia.generate.load import load_run
+
+    step = given.values.get("iteration")
+    if step is not None and not isinstance(step, int):
+        given.fail("iteration", f"must be a whole number, got {step!r}")
+    model = load_run(folder, step=step)
+    if kind == "interactive":
+        yield from _interactive(model, values)
+        return
+    records = [json.dumps(r, ensure_ascii=False) for r in _records(model, prompts, values)]
+    target = given.values.get("sample_output_file")
+    target = target or (f"{source}.output.jsonl" if kind == "input-file" else None)
+    if target is None:
+        yield from records
+        return
+    write_text(str(target), "".join(f"{record}\n" for record in records))
+    yield f"{len(records)} continuations: {target}"
+
+
+def _number(given: Given, key: str, default: Any) -> Any:
+    value = given.values.get(key)
+    if value is None:
+        return default
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = isinstance(value, str) if isinstance(default, str) else number and value >= 0
+    if not fits or (isinstance(default, int) and not isinstance(value, int)):
+        given.fail(key, f"is {value!r}: give {'text' if isinstance(default, str) else 'a number from 0 on'}")
+    return value
+
+
+def _read(path: str, end: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"sample_input_file: {path} cannot be read as text: {error}") from None
+    prompts = [part.strip() for part in text.split(end or "\n")]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"sample_input_file: {path} has no prompts")
+    return prompts
+
+
+def _records(model: tuple[Any, Any], prompts: list[str], values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from castalia.generate.engine import generate
+
+    # Temperature 0 is greedy, but with top-k or top-p it samples at 1, as in GPT-NeoX.
+    temperature = values["temperature"] or (1.0 if values["top_k"] or values["top_p"] else 0.0)
+    for number, prompt in enumerate(prompts):
+        began = time.perf_counter()
+        # As GPT-NeoX: up to the end of the context, however many tokens were asked for.
+        room = (model[0].cfg.max_position_embeddings or 0) - max(len(model[1].encode(prompt)), 1)
+        (result,) = generate(
+            *model,
+            prompt,
+            max_tokens=max(min(values["maximum_tokens"], room), 1),
+            temperature=float(temperature),
+            top_k=values["top_k"] or None,
+            top_p=values["top_p"] or None,
+            # A prompt's own numbers: the same prompt twice gives two samples.
+            seed=values["seed"] + number,
+        )
+        finished = result.finish_reason == "stop"
+        length = len(result.tokens) - finished
+        yield {
+            "context": prompt,
+            "text": result.text if length else None,
+            "length": length,
+            "finished": finished,
+            "message": None if length else _NOT_STARTED,
+            "duration_seconds": time.perf_counter() - began,
+        }
+
+
+def _interactive(model: tuple[Any, Any], values: dict[str, Any]) -> Iterator[str]:
+    """Prompts from standard input, up to its end, or to a line that holds prompt_end."""
+    end, number = values["prompt_end"], 0
+    while True:
+        print("Context prompt >>> ", end="", flush=True)
+        lines = []
+        for line in sys.stdin:
+            before, found, _ = line.rstrip("\n").partition(end)
+            lines.append(before)
+            if end == "\n" or found:
+                break
+        if not lines:
+            return
+        (record,) = _records(model, ["\n".join(lines)], values | {"seed": values["seed"] + number})
+        number += 1
+        yield f"Generated Text: {record['text'] or ''}"
