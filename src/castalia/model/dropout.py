@@ -63,8 +63,20 @@ def dropout(x: Tensor, share: float, key: DropoutKey | None, place: str, layer: 
     """
     if key is None or share == 0.0:
         return x
-    keep = keep_mask(key.streams, x[0].numel() // x.shape[-1], x.shape[-1], share, place, layer)
+    keep = _opaque_mask(key.streams, x[0].numel() // x.shape[-1], x.shape[-1], share, place, layer)
     return torch.where(keep.view(x.shape), x * (1.0 / (1.0 - share)), 0.0)
+
+
+@torch.library.custom_op("castalia::keep_mask", mutates_args=())
+def _opaque_mask(streams: Tensor, rows: int, columns: int, share: float, place: str, layer: int) -> Tensor:
+    """`keep_mask`, closed to torch.compile: the C++ that it writes for products that wrap is undefined
+    behaviour, from which the compiler concluded that a loop's index is small, and wrote beyond the mask."""
+    return keep_mask(streams, rows, columns, share, place, layer)
+
+
+@_opaque_mask.register_fake
+def _(streams: Tensor, rows: int, columns: int, share: float, place: str, layer: int) -> Tensor:
+    return streams.new_empty(streams.shape[0], rows, columns, dtype=torch.bool)
 
 
 def keep_mask(
