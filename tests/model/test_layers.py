@@ -14,6 +14,7 @@ from castalia.model.layers import MLP, Context
 from castalia.model.registry import ACTIVATIONS
 from castalia.model.size import flops_per_token, model_size, parameter_shapes
 from castalia.model.transformer import Block
+from castalia.optim.weights import low_precision_names
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64, "rotary_fraction": 0.5}
 
@@ -232,3 +233,12 @@ def test_compiles_to_one_graph(position):
         key = DropoutKey(0, step, torch.arange(2) + step)
         torch.testing.assert_close(compiled(tokens(), None, None, key), model(tokens(), None, None, key))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_are_only_looked_up_stay_fp32(tied):
+    shape = {"max_position_embeddings": 16, "tie_embeddings": tied, "soft_prompt_tokens": 2, "qk_norm": True}
+    for position, table in (("learned", "position_embedding.weight"), ("rpe", "relative_bias.weight")):
+        low = low_precision_names(Transformer(config(position=position, **shape)))
+        assert not {table, "soft_prompt.weight", "layers.0.attention.qk_norm.weight"} & set(low)
+        assert ("embedding.weight" in low) == tied and "layers.1.mlp.down.weight" in low

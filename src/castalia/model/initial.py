@@ -51,13 +51,9 @@ def _of_std(std: Callable[[ModelConfig], float]) -> Initialiser:
 INITIALISERS: dict[str, Initialiser] = {
     **{method: _of_std(std) for method, std in INIT_STD.items()},
     "xavier_normal": lambda name, out, cfg, seed: normal_rows(name, out, seed, math.sqrt(2 / sum(out.shape))),
-    "xavier_uniform": lambda name, out, cfg, seed: uniform_rows(
-        name, out, seed, math.sqrt(6 / sum(out.shape))
-    ),
+    "xavier_uniform": lambda name, out, cfg, seed: uniform_rows(name, out, seed, math.sqrt(6 / sum(out.shape))),
     "orthogonal": lambda name, out, cfg, seed: orthogonal(name, out, seed, math.sqrt(2)),
-    "scaled_orthogonal": lambda name, out, cfg, seed: orthogonal(
-        name, out, seed, math.sqrt(2 / cfg.num_layers)
-    ),
+    "scaled_orthogonal": lambda name, out, cfg, seed: orthogonal(name, out, seed, math.sqrt(2 / cfg.num_layers)),
 }
 
 
@@ -84,9 +80,7 @@ def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
     else:
         residual = name.endswith(RESIDUAL_OUTPUTS)
         key, method = (
-            ("model.output_init_method", cfg.output_init_method)
-            if residual
-            else ("model.init_method", cfg.init_method)
+            ("model.output_init_method", cfg.output_init_method) if residual else ("model.init_method", cfg.init_method)
         )
         if method not in INITIALISERS:
             raise UserError(f"{key}: '{method}' is not known; known: {', '.join(INITIALISERS)}")
@@ -98,9 +92,7 @@ def normal_rows(name: str, out: Tensor, seed: int, std: float, first_row: int = 
 
     The draw is made in fp32 on the CPU, so that it is the same for every device and dtype.
     """
-    _draw_rows(
-        name, out, seed, first_row, lambda block, generator: block.normal_(0.0, std, generator=generator)
-    )
+    _draw_rows(name, out, seed, first_row, lambda block, generator: block.normal_(0.0, std, generator=generator))
 
 
 def uniform_rows(name: str, out: Tensor, seed: int, bound: float, first_row: int = 0) -> None:

@@ -69,6 +69,4 @@ def look_up(registry: dict[str, Any], name: str, key: str) -> Any:
             raise UserError(f"{key}: '{name}' cannot be imported: {error}") from None
         except AttributeError:
             raise UserError(f"{key}: module '{module}' has no '{attribute}'") from None
-    raise UserError(
-        f"{key}: '{name}' is not known; known: {', '.join(sorted(registry))}, or module:attribute"
-    )
+    raise UserError(f"{key}: '{name}' is not known; known: {', '.join(sorted(registry))}, or module:attribute")

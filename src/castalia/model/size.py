@@ -39,9 +39,7 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int
 
     if model.position == "learned":
         if model.max_position_embeddings is None:
-            raise UserError(
-                "model.max_position_embeddings is not set: learned positions need the size of their table"
-            )
+            raise UserError("model.max_position_embeddings is not set: learned positions need the size of their table")
         shapes["position_embedding.weight"] = (model.max_position_embeddings, h)
     if model.position == "rpe":
         shapes["relative_bias.weight"] = (model.rpe_num_buckets, n)
@@ -106,9 +104,7 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
     model = config.model
     vocab = vocab_size or model.vocab_size
     if vocab is None:
-        raise UserError(
-            "model.vocab_size is not set and there is no tokenizer to take it from: give model.vocab_size"
-        )
+        raise UserError("model.vocab_size is not set and there is no tokenizer to take it from: give model.vocab_size")
     if model.max_position_embeddings is None:
         model = model.model_copy(update={"max_position_embeddings": config.max_positions})
     shapes = parameter_shapes(model, vocab)

@@ -191,11 +191,7 @@ class Transformer(nn.Module):
 
     def _check_length(self, length: int) -> None:
         rows = self.cfg.max_position_embeddings
-        if (
-            self.position_embedding is not None
-            and rows is not None
-            and length + self.cfg.position_offset > rows
-        ):
+        if self.position_embedding is not None and rows is not None and length + self.cfg.position_offset > rows:
             raise UserError(
                 f"a sequence of {length} tokens, with model.position_offset {self.cfg.position_offset}, is beyond "
                 f"the {rows} learned positions: shorten it or raise model.max_position_embeddings"
