@@ -98,8 +98,8 @@ class Given:
         """Check the kinds of the values of translated keys; YAML 1.1's words for booleans become booleans."""
         for key, value in self.values.items():
             kind = TRANSLATED[key].kind if key in TRANSLATED else "any"
-            if value is None:
-                continue
+            if value is None or (value == "auto" and "autotuning" in self):
+                continue  # DeepSpeed's autotuning fills in "auto", which is refused as a whole
             if isinstance(value, str) and value.lower() in _WORDS and kind != "text":
                 value = self.values[key] = _WORDS[value.lower()]
             if not _is(value, kind):
