@@ -50,6 +50,7 @@ class Console:
 
     def _evaluation(self, record: Record) -> str:
         bits = f"  bits/byte {record['bits_per_byte']:.4f}" if "bits_per_byte" in record else ""
+        bits += f"  perplexity/character {record['char_perplexity']:.4f}" if "char_perplexity" in record else ""
         name = "validation" if record["kind"] == "valid" else "test"
         return f"{name} loss {record.get('loss', float('nan')):.4f}{bits}"
 

@@ -59,9 +59,11 @@ def evaluate(run: Run, split: str) -> Record | None:
 def samples(run: Run, split: str) -> StepSpec:
     """Which samples this evaluation reads; the test set is read from its start whenever it is read."""
     cfg = run.config
-    index = run.step // cfg.evaluation.interval - 1 if cfg.evaluation.interval and split == "valid" else 0
+    interval = cfg.evaluation.interval
+    # How many validations came before: one at each multiple of the interval; the one at the end may come between two.
+    index = (run.step - 1) // interval if interval and split == "valid" and run.step else 0
     return evaluation_spec(
-        max(index, 0),
+        index,
         cfg.evaluation.batches,
         cfg.training.batch_size,
         cfg.data.seq_length,
