@@ -112,6 +112,8 @@ def _facts_of(run: Run) -> list[tuple[str, str, str]]:
     seconds, memory = run.last("seconds", "train"), run.last("peak_memory", "train")
     rate, mfu = _median(run, "tokens_per_second"), _median(run, "mfu")
     of_loss = "nats per token" + (f", perplexity {format_number(perplexity)}" if perplexity else "")
+    per_character = run.last("char_perplexity", "valid")
+    of_loss += f", per character {format_number(per_character)}" if per_character else ""
     return [
         ("Parameters", _number(run.parameters), ""),
         ("Tokens seen", _number(run.last("tokens", "train")), ""),
@@ -122,6 +124,7 @@ def _facts_of(run: Run) -> list[tuple[str, str, str]]:
             _fixed(run.last("bits_per_byte", "valid")),
             "validation" + (f", test {_fixed(test_bits)}" if test_bits else ""),
         ),
+        ("Skipped steps", _number(run.last("skipped", "train")), "loss or gradient not finite"),
         ("Time", _NONE if seconds is None else duration(seconds), ""),
         ("Tokens per second", _number(rate), "median" + (f", MFU {mfu:.0%}" if mfu else "")),
         ("Peak memory", _NONE if memory is None else f"{memory / 2**30:.2f} GiB", ""),
