@@ -35,6 +35,15 @@ from castalia.errors import UserError
             "f.yml:1: data.seq_length 64 is beyond model.max_position_embeddings 32",
         ),
         ("schedule: {min_lr: 1}\noptimizer: {lr: 0.1}", "schedule.min_lr 1.0 is above optimizer.lr 0.1"),
+        (
+            "model: {vocab_size: 4611686018427387904}",
+            "f.yml:1: model.vocab_size makes a matrix of 4611686018427387904 x",
+        ),
+        ("model: {num_layers: 10000000}", "model.num_layers 10000000 is beyond a million"),
+        (
+            "model: {position: learned, position_offset: 2, max_position_embeddings: 512}",
+            "data.seq_length 512 with model.position_offset 2 is beyond model.max_position_embeddings 512",
+        ),
         ("schedule: {type: wsd, arithmetic: gptneox_main}", "schedule.type wsd is not one of GPT-NeoX's"),
     ],
 )

@@ -138,7 +138,7 @@ def test_sigterm_saves_the_step(tiny_values, tmp_path):
     config = tmp_path / "run.yml"
     config.write_text(yaml.safe_dump(values))
     process = subprocess.Popen(
-        [sys.executable, "-m", "castalia.cli", "train", str(config)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "castalia", "train", str(config)], stderr=subprocess.PIPE, text=True
     )
     for line in process.stderr:
         if line.startswith("step"):

@@ -41,7 +41,7 @@ def certify_training_kills(folder: Path, kills: int = KILLS) -> str:
         return tensors
 
     def command(run: str) -> list[str]:
-        verb = [sys.executable, "-m", "castalia.cli", "train", str(config), "--quiet", "--no-report"]
+        verb = [sys.executable, "-m", "castalia", "train", str(config), "--quiet", "--no-report"]
         return [*verb, f"output={folder / run}"]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
@@ -82,7 +82,7 @@ def certify_preparation_kills(folder: Path, kills: int = KILLS) -> str:
     save_tokenizer(train_bpe((d.text for d in islice(iter_documents([source]), 40)), 2048), vocabulary)
 
     def command(prefix: str) -> list[str]:
-        verb = [sys.executable, "-m", "castalia.cli", "prepare", str(source), "--tokenizer", str(vocabulary)]
+        verb = [sys.executable, "-m", "castalia", "prepare", str(source), "--tokenizer", str(vocabulary)]
         return [*verb, "--overwrite", "--output", str(folder / prefix)]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
