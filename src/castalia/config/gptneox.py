@@ -159,7 +159,7 @@ def _notes(given: Given, values: Mapping[str, Any], became: Mapping[str, list[st
         elif key in became:
             yield f"{key}: became " + ", ".join(f"{ours} {values[ours]}" for ours in dict.fromkeys(became[key]))
         elif key not in REPORTED:
-            yield f"{key}: {IDLE.get(key, 'asks for nothing that would have to be set here')}"
+            yield f"{key}: {IDLE.get(key) or f'{str(value)[:40]} asks for nothing that would have to be set here'}"
 
 
 def _is_their_block(key: str, value: Any) -> bool:

@@ -291,6 +291,8 @@ IDLE: dict[str, str] = {
     "rpe_num_buckets": "used only by pos_emb rpe",
     "rpe_max_distance": "used only by pos_emb rpe",
     "apply_query_key_layer_scaling": "scores are divided and multiplied back by it: the same function",
+    "attention_config": "every layer has full causal attention, of which flash is a kernel",
+    "sliding_window_width": "the window holds the whole sequence",
     "load": "is the run's own folder",
     "finetune": "used only with load",
     "no_load_optim": "used only with load",

@@ -450,8 +450,30 @@ class Config(Section):
                 f"data.seq_length {self.data.seq_length} with model.position_offset {self.model.position_offset} is "
                 f"beyond model.max_position_embeddings {self.max_positions}: shorten the one or raise the other"
             )
+        self._addressable()
         if self.schedule.type == "wsd" and self.schedule.arithmetic != "native":
             raise ValueError("schedule.type wsd is not one of GPT-NeoX's: it needs schedule.arithmetic native")
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self
+
+    def _addressable(self) -> None:
+        """Refuse sizes by a slip of the hand, which no machine could hold and torch would choke on."""
+        model, most = self.model, 1 << 60
+        rows = {
+            "vocab_size": model.vocab_size or 0,
+            "num_attention_heads": (model.num_attention_heads + 2 * model.kv_heads) * model.head_size,
+            "intermediate_size": model.mlp_size,
+            "max_position_embeddings": self.max_positions,
+            "rpe_num_buckets": model.rpe_num_buckets,
+            "soft_prompt_tokens": model.soft_prompt_tokens,
+            "hidden_size": model.hidden_size,
+        }
+        key = max(rows, key=lambda name: rows[name])
+        if rows[key] * max(model.hidden_size, model.num_attention_heads) > most:
+            raise ValueError(
+                f"model.{key} makes a matrix of {rows[key]} x {model.hidden_size} numbers, more than can be addressed: "
+                "make it smaller"
+            )
+        if model.num_layers > 1_000_000:
+            raise ValueError(f"model.num_layers {model.num_layers} is beyond a million: make it smaller")

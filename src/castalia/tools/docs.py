@@ -61,13 +61,18 @@ castalia train model.yml data.yml optimizer.lr=3e-4
 `castalia config check FILE` says what follows from it: steps, widths, the padded vocabulary. A run keeps the complete,
 derived configuration as `config.yaml` in its folder, and that file starts the same run again.
 
-`castalia config diff A B` says what differs between two configurations or runs, by class. Each key belongs to one:
+`castalia config diff A B` says what differs between two configurations or runs, by class; overrides may follow each of
+the two. Each key belongs to one class:
 
 | class | what a change of it changes | when a run is resumed |
 |---|---|---|
 | numerics | the function that is computed | refused, unless `--accept` |
 | performance | only rounding or speed | said, and accepted |
 | cosmetic | neither | said, and accepted |
+
+Where a program may want to read the answer there is `--json`: `show` prints the configuration as one object, `check`
+`{"notes", "derivation", "config"}`, and `diff` `{"a", "b", "differences": [{"key", "a", "b", "class"}],
+"same_function"}`, where a class may also be `length` (only where the run ends) or `place` (only where files lie).
 
 ## GPT-NeoX's files
 
@@ -170,8 +175,10 @@ def _key_rows() -> Iterator[str]:
             main, old = (scalar(given.default(version)) for version in ("main", "v2.0"))
             default = "required" if key in REQUIRED else "" if main == old == "null" else f"`{main}`"
             default += "" if main == old else f" (v2.0 `{old}`)"
-            names = ", ".join(f"`{name}`" for name in ours[key]) or "checked, as other values ask for what is missing"
-            names += f"; {IDLE[key]}" if key in IDLE else ""
+            names = (
+                ", ".join(f"`{name}`" for name in ours[key]) or "only checked, as some values ask for what is missing"
+            )
+            names += f" (else: {IDLE[key]})" if key in IDLE else ""
             yield _row(f"`{key}`", default, f"translated: {names}")
 
 

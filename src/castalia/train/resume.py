@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castalia.checkpoint import find_checkpoint, load_checkpoint
-from castalia.config.compare import differences
+from castalia.config.compare import accepted_lines, differences
 from castalia.config.load import check_values
 from castalia.errors import UserError
 
@@ -35,6 +35,8 @@ def resume(run: Run) -> bool:
     state = found.state
     check_version(state, found.path)
     _refuse_changes(run, state, found.path)
+    for line in accepted_lines(differences(check_values(state["config"], str(found.path)), run.config)):
+        run.console.say(line)
     if state["step"] > run.steps:
         raise UserError(
             f"{found.path}: is at step {state['step']}, beyond training.steps {run.steps}: "
