@@ -61,7 +61,7 @@ def run_shell(lines: list[str], folder: Path) -> subprocess.CompletedProcess[str
     tools = folder / "bin"
     tools.mkdir()
     # The command of the very package that is tested, whether or not its folder is on PATH.
-    (tools / "castalia").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m castalia.cli "$@"\n')
+    (tools / "castalia").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m castalia "$@"\n')
     (tools / "castalia").chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
