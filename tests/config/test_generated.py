@@ -20,9 +20,11 @@ from castalia.config.gptneox_keys import KNOWN, REFUSED, REPORTED, TRANSLATED
 from castalia.config.json_schema import NAMES
 from castalia.config.load import Tree, check, check_values
 from castalia.config.yaml12 import Document
+from castalia.data.order import split_documents
 from castalia.errors import UserError
 from castalia.model.size import model_size
 from castalia.model.transformer import Transformer
+from castalia.optim.optimizers import optimizer_kind
 from castalia.optim.schedule import learning_rate
 
 COUNT = 10_000 if os.environ.get("CASTALIA_CERTIFY") == "1" else 250
@@ -179,6 +181,9 @@ def build(config: Config) -> None:
         model = Transformer(config.model)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == model_size(config).total_parameters
+    optimizer = optimizer_kind(config.optimizer)
+    optimizer.make([{"params": [torch.zeros(2, requires_grad=True)], "weight_decay": 0.0}], config.optimizer)
+    split_documents(100, config.data.split, ())
     steps = config.training.steps or 0
     for step in {0, 1, steps // 2, steps}:
         rate = learning_rate(step, config.optimizer.lr, config.schedule, steps)

@@ -56,6 +56,23 @@ class DataConfig(Section):
             weights = getattr(self, name.replace("paths", "weights"))
             if weights is not None and (paths is None or len(weights) != len(paths)):
                 raise ValueError(f"data.{name.replace('paths', 'weights')} needs one weight for each of data.{name}")
+            if weights is not None and (min(weights, default=0.0) < 0 or not sum(weights) > 0):
+                raise ValueError(
+                    f"data.{name.replace('paths', 'weights')} must have no negative weight and one above 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _shares(self) -> DataConfig:
+        try:
+            shares = [float(part) for part in self.split.split("," if "," in self.split else "/")]
+        except ValueError:
+            shares = []
+        # Neither infinity nor what is not a number passes the comparison of the sum.
+        if not shares or min(shares) < 0 or not 0 < sum(shares) < 1e300:
+            raise ValueError(
+                f'data.split is {self.split!r}: give shares such as "969,30,1", none negative, not all zero'
+            )
         return self
 
 
@@ -274,6 +291,12 @@ class OptimizerConfig(Section):
     eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = setting(0.1, "decoupled decay of matrices; norms and biases have none", ge=0)
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+
+    @model_validator(mode="after")
+    def _rates(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas {self.betas} must be from 0 on and below 1")
+        return self
 
 
 class ScheduleConfig(Section):
