@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -99,10 +100,12 @@ def test_every_sink_is_closed_and_told_of_a_failure(tmp_path):
     with pytest.raises(KeyError), Metrics(MetricsFile(tmp_path / "m.jsonl"), sinks, print):
         raise KeyError
     assert [s.closed for s in sinks] == [True, True]
-    sinks = [Failing()]
-    with Metrics(MetricsFile(tmp_path / "m.jsonl"), sinks, print):
-        pass
-    assert sinks[0].closed is False
+    for ending in (None, Stopped("by a signal")):
+        sinks = [Failing()]
+        with suppress(Stopped), Metrics(MetricsFile(tmp_path / "m.jsonl"), sinks, print):
+            if ending is not None:
+                raise ending
+        assert sinks[0].closed is False
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
@@ -262,10 +265,13 @@ def test_an_error_is_in_the_copy(tmp_path, capsys):
     file = tmp_path / f"{socket.gethostname()}_rank3_stderr.txt"
     with pytest.raises(UserError), copied_output(str(tmp_path), rank=3):
         raise UserError("a sentence")
+    with pytest.raises(Stopped), copied_output(str(tmp_path), rank=3):
+        raise Stopped("by a signal")
     with pytest.raises(ZeroDivisionError), copied_output(str(tmp_path), rank=3):
         print(1 // 0)
-    first, *rest = file.read_text().splitlines()
-    assert first == "castalia: a sentence" and rest[0].startswith("Traceback") and "ZeroDivisionError" in rest[-1]
+    first, second, *rest = file.read_text().splitlines()
+    assert (first, second) == ("castalia: a sentence", "castalia: by a signal")
+    assert rest[0].startswith("Traceback") and "ZeroDivisionError" in rest[-1]
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tiny_values, tmp_path):

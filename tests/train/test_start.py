@@ -27,7 +27,8 @@ def gptneox_config(name, folder, *overrides):
     keys |= {"train_iters": STEPS, "save": str(folder), "model_parallel_size": 1, "global_num_gpus": 1}
     source = folder.with_suffix(".yml")
     source.write_text(json.dumps(keys))
-    return load([source], ["performance.threads=1", "performance.peak_flops=1e11", *overrides])
+    quick = ["evaluation.interval=null", "evaluation.at_end=false", "evaluation.test_at_end=false"]
+    return load([source], ["performance.threads=1", "performance.peak_flops=1e11", *quick, *overrides])
 
 
 def with_(values, **sections):

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from castalia.errors import UserError
+from castalia.train.loop import Stopped
 
 VERSION = 1
 Record = dict[str, Any]
@@ -64,8 +65,9 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        failed = kind is not None and not issubclass(kind, Stopped)
         for sink in (self._file, *self._others):
-            sink.close(failed=kind is not None)
+            sink.close(failed=failed)
 
 
 class MetricsFile:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from castalia.errors import UserError
+from castalia.train.loop import Stopped
 
 
 @contextmanager
@@ -45,9 +46,8 @@ def copied_output(folder: str, rank: int = 0) -> Iterator[None]:
             yield
         except BaseException as error:
             # It is printed by whoever catches it, after the copying has ended.
-            text = (
-                f"castalia: {error}\n" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-            )
+            expected = isinstance(error, UserError | Stopped)
+            text = f"castalia: {error}\n" if expected else "".join(traceback.format_exception(error))
             files["stderr"].write(text)
             raise
 

@@ -119,7 +119,7 @@ class WeightsAndBiases:
                 "logging.wandb_project: the package wandb is not installed: pip install 'castalia[wandb]'"
             ) from None
         cfg = config.logging
-        mode = cfg.wandb_mode or os.environ.get("WANDB_MODE")
+        mode: Any = cfg.wandb_mode or os.environ.get("WANDB_MODE")
         name = cfg.wandb_name or config.name
         try:
             self._run: Any = wandb.init(
@@ -127,7 +127,7 @@ class WeightsAndBiases:
                 group=cfg.wandb_group,
                 entity=cfg.wandb_entity,
                 name=name if world.rank == 0 else f"{name}-rank{world.rank}",
-                mode=mode,  # type: ignore[arg-type]
+                mode=mode,
                 dir=str(directory),
                 config=config.model_dump(),
                 id=_run_id(directory, world.rank),
