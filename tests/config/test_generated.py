@@ -58,8 +58,22 @@ SIZES: dict[str, list[Any]] = {
     "global_num_gpus": [1, 2],
     "checkpoint_factor": [1, 2, 50],
     "position_offset": [0, 2],
+    "rpe_num_buckets": [4, 32],
+    "rpe_max_distance": [64, 128],
+    "soft_prompt_range": [0.1, 1.0],
+    "rotary_base": [500.0, 10000.0],
+    "rotary_emb_base": [500, 10000],
+    "split": ["1,2,3", "100,0,0", "9/1"],
+    "betas": [[0.9, 0.95], [0.0, 0.999]],
+    "decay_steps": [1, 50],
+    "lr_decay_iters": [1, 50],
     "opt_pos_emb_offset": [0, 2],
 }
+
+
+def mostly(usual: st.SearchStrategy[Any], times: int, other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """The one, `times` as often as the other; `one_of` would take equal branches for one."""
+    return st.sampled_from([usual] * times + [other]).flatmap(lambda chosen: chosen)
 
 
 def of_type(kind: Any) -> st.SearchStrategy[Any]:
@@ -85,7 +99,7 @@ def native_value(key: str) -> st.SearchStrategy[Any]:
     if key in NAMES:
         return st.sampled_from(NAMES[key])
     right = st.sampled_from(SIZES[word]) if word in SIZES else of_type(FIELDS[key].annotation)
-    return st.one_of(*[right] * 9, of_type(FIELDS[key].annotation), WRONG)
+    return mostly(right, 20, of_type(FIELDS[key].annotation) | WRONG)
 
 
 @st.composite
@@ -154,22 +168,17 @@ def their_value(key: str) -> st.SearchStrategy[Any]:
     elif key in REFUSED and REFUSED[key].harmless:
         right = st.sampled_from(REFUSED[key].harmless)
     else:
-        right = st.sampled_from([False, {"enabled": False}, 1]) if key in REPORTED else st.just({"enabled": False})
-    return st.one_of(*[right] * 14, WRONG)
+        right = st.sampled_from([False, {"enabled": False}, 1]) if key in REPORTED else st.none()
+    return mostly(right, 20, WRONG)
 
 
 @st.composite
 def gptneox(draw: st.DrawFn) -> dict[str, Any]:
     """Values of a GPT-NeoX file."""
-    weighted = st.one_of(
-        st.sampled_from(sorted(TRANSLATED)),
-        st.sampled_from(sorted(TRANSLATED)),
-        st.sampled_from(sorted(REFUSED)),
-        st.sampled_from(sorted(REPORTED)),
-    )
+    weighted = st.sampled_from([TRANSLATED] * 6 + [REPORTED, REFUSED]).flatmap(lambda t: st.sampled_from(sorted(t)))
     keys = draw(st.lists(weighted, max_size=6, unique=True))
     values = BASIS | {key: draw(their_value(key)) for key in keys}
-    without = draw(st.sampled_from([None] * 8 + sorted(BASIS)))
+    without = draw(st.sampled_from([None] * 60 + sorted(BASIS)))
     values.pop(without, None)
     return values | {"compat": draw(st.sampled_from([None, "main", "v2.0"]))}
 

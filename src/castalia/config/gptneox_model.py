@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.config.gptneox_given import Given, Rule, near
+from castalia.config.schema import MOST_LAYERS
 
 _WIDTH = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size")
 _NORMS = {
@@ -185,6 +186,8 @@ def score_scaling(given: Given) -> None:
 def expand_attention(given: Given, layers: int) -> list[str]:
     """The kind of each layer. As in GPT-NeoX, an item with "all" stands for every layer and ends the list."""
     config = given["attention_config"]
+    if layers > MOST_LAYERS:
+        given.fail("num_layers", f"is {layers}, beyond a million: make it smaller")
     if config is None or layers < 1:
         return ["global"] * max(layers, 0)
     kinds: list[str] = []

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 FieldClass = Literal["numerics", "performance", "cosmetic"]
+MOST_LAYERS = 1_000_000  # more is a slip of the hand
 
 
 def setting(default: Any, text: str, kind: FieldClass = "numerics", unit: str | None = None, **limits: Any) -> Any:
@@ -56,7 +57,7 @@ class DataConfig(Section):
             weights = getattr(self, name.replace("paths", "weights"))
             if weights is not None and (paths is None or len(weights) != len(paths)):
                 raise ValueError(f"data.{name.replace('paths', 'weights')} needs one weight for each of data.{name}")
-            if weights is not None and (min(weights, default=0.0) < 0 or not sum(weights) > 0):
+            if weights and (min(weights) < 0 or not sum(weights) > 0):
                 raise ValueError(
                     f"data.{name.replace('paths', 'weights')} must have no negative weight and one above 0"
                 )
@@ -498,5 +499,5 @@ class Config(Section):
                 f"model.{key} makes a matrix of {rows[key]} x {model.hidden_size} numbers, more than can be addressed: "
                 "make it smaller"
             )
-        if model.num_layers > 1_000_000:
+        if model.num_layers > MOST_LAYERS:
             raise ValueError(f"model.num_layers {model.num_layers} is beyond a million: make it smaller")
