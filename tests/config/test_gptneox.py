@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from castalia.config import Config, load, notes, origins
+from castalia.config import load, notes, origins
 from castalia.config.gptneox import family
 from castalia.config.gptneox_keys import KNOWN, REFUSED, REPORTED, TRANSLATED
-from castalia.config.gptneox_model import MODEL_RULES, expand_attention, mlp_widths
+from castalia.config.gptneox_model import MODEL_RULES
 from castalia.config.gptneox_rules import CHECKS, RENAMED, REQUIRED, RULES
 from castalia.config.load import known_keys
 from castalia.config.render import flat, to_yaml
@@ -18,33 +18,6 @@ from castalia.errors import UserError
 
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "fixtures" / "gptneox_runs"
-SMALL: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "seq_length": 64,
-    "max_position_embeddings": 64,
-    "pos_emb": "rotary",
-    "train_iters": 100,
-    "train_micro_batch_size_per_gpu": 2,
-    "hidden_dropout": 0,
-    "attention_dropout": 0,
-    "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
-}
-
-
-@pytest.fixture
-def translated(tmp_path):
-    """Loads a small GPT-NeoX file with some values more; None takes a key out."""
-
-    def translated(*overrides: str, **more: Any) -> Config:
-        values = {k: v for k, v in (SMALL | more).items() if v is not None}
-        (tmp_path / "small.yml").write_text(json.dumps(values, indent=1))
-        return load([tmp_path / "small.yml"], overrides)
-
-    return translated
-
-
 # The table of keys.
 
 
@@ -124,9 +97,9 @@ def files(tmp_path: Path, **texts: str) -> list[Path]:
     return [tmp_path / f"{name}.yml" for name in texts]
 
 
-def test_files_merge_whatever_their_dashes(tmp_path) -> None:
-    small = {key.replace("_", "-"): value for key, value in SMALL.items() if key != "train_iters"}
-    a, b = files(tmp_path, a=json.dumps(small), b='{\n  "train-iters": 7,\n}')
+def test_files_merge_whatever_their_dashes(tmp_path, small) -> None:
+    dashed = {key.replace("_", "-"): value for key, value in small.items() if key != "train_iters"}
+    a, b = files(tmp_path, a=json.dumps(dashed), b='{\n  "train-iters": 7,\n}')
     config = load([a, b])
     assert (config.training.steps, config.name) == (7, "a")
     assert str(origins(config)["training.steps"]) == f"{b}:2"
@@ -155,8 +128,8 @@ def test_files_that_do_not_merge(tmp_path, a: str, b: str, message: str) -> None
     assert message in str(error.value)
 
 
-def test_a_base_may_be_a_gptneox_file(tmp_path) -> None:
-    files(tmp_path, a=json.dumps(SMALL))
+def test_a_base_may_be_a_gptneox_file(tmp_path, small) -> None:
+    files(tmp_path, a=json.dumps(small))
     (b,) = files(tmp_path, b="base: a.yml\ntrain-iters: 7\n")
     config = load([b])
     assert (config.training.steps, config.model.num_layers) == (7, 2)
@@ -177,10 +150,10 @@ def test_a_complete_file_is_written_in_our_terms(translated, tmp_path) -> None:
     assert load([tmp_path / "ours.yml"]).model_dump() == config.model_dump()
 
 
-def test_every_given_key_has_a_note(translated) -> None:
+def test_every_given_key_has_a_note(translated, small) -> None:
     config = translated(num_workers=0, checkpoint_factor=10, use_wandb=False)
     keys = {line.partition(":")[0] for line in notes(config)}
-    assert keys >= {*SMALL, "num_workers", "checkpoint_factor", "use_wandb"}
+    assert keys >= {*small, "num_workers", "checkpoint_factor", "use_wandb"}
     assert "num_layers: became model.num_layers 2" in notes(config)
     assert "fp16: null, as if it were not given" in notes(translated("fp16=null"))
 
@@ -454,6 +427,7 @@ def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str,
         ({"rotary_pct": "half"}, "'rotary_pct' must be a number"),
         ({"gpt_j_residual": 1}, "'gpt_j_residual' must be true or false"),
         ({"num_layers": 0}, "small.yml:2: model.num_layers: input should be greater than or equal to 1"),
+        ({"num_layers": 2**62}, "'num_layers' is 4611686018427387904, beyond a million: make it smaller"),
         ({"lr_decay_iters": 0}, "'lr_decay_iters' must be at least 1"),
         ({"seq_length": 128}, "data.seq_length 128 is beyond model.max_position_embeddings 64"),
         ({"min_lr": 1.0}, "schedule.min_lr 1.0 is above optimizer.lr 0.01"),
@@ -477,132 +451,3 @@ def test_what_is_refused_names_the_key_and_its_place(translated, given: dict[str
         translated(**given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-# Formulas.
-
-
-@pytest.mark.parametrize(
-    ("given", "width"),
-    [
-        ({}, 192),
-        ({"intermediate_size": 100}, 100),
-        ({"expansion_factor": 2.5}, 120),
-        # main gates a third of the width: 192 -> rows 128, columns 64.
-        ({"activation": "swiglu"}, 64),
-        ({"activation": "swiglu", "intermediate_size": 150}, 50),
-        ({"activation": "swiglu", "intermediate_size": 100}, 33),
-        # LLaMA-7B's, a checked pair.
-        ({"activation": "swiglu", "intermediate_size": 32768, "mlp_multiple_of": 256}, 11008),
-        # The trick of GPT-NeoX's Llama 3 files.
-        ({"activation": "swiglu", "intermediate_size": 14336, "mlp_multiple_of": 14336}, 14336),
-        ({"activation": "geglu", "compat": "v2.0"}, 128),
-        ({"activation": "geglu", "compat": "v2.0", "hidden_size": 64}, 170),
-    ],
-)
-def test_width_of_the_mlp(translated, given: dict[str, Any], width: int) -> None:
-    assert translated(**given).model.intermediate_size == width
-
-
-@pytest.mark.parametrize(
-    ("given", "rows"),
-    [
-        ({"intermediate_size": 99}, "100 rows"),
-        ({"intermediate_size": 100, "mlp_multiple_of": 100}, "200 rows"),
-        ({"activation": "swiglu", "intermediate_size": 1}, "0 rows"),
-    ],
-)
-def test_widths_that_do_not_fit(translated, given: dict[str, Any], rows: str) -> None:
-    with pytest.raises(UserError, match=f"matrices do not fit: {rows}"):
-        translated(**given)
-
-
-def test_both_widths_of_a_gated_mlp() -> None:
-    assert mlp_widths(32768, 256, gated=True) == (22016, 11008)
-
-
-@pytest.mark.parametrize(
-    ("given", "batch"),
-    [
-        ({}, (2, 2)),
-        ({"gradient_accumulation_steps": 3}, (6, 2)),
-        ({"global_num_gpus": 4}, (8, 2)),
-        ({"gradient_accumulation_steps": 3, "global_num_gpus": 4}, (24, 2)),
-        # GPT-NeoX stops here, since it takes one accumulation step unless told.
-        ({"train_batch_size": 16, "global_num_gpus": 2}, (16, 2)),
-        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": None}, (16, 16)),
-        (
-            {
-                "train_batch_size": 16,
-                "train_micro_batch_size_per_gpu": None,
-                "gradient_accumulation_steps": 4,
-            },
-            (16, 4),
-        ),
-        ({"train_batch_size": 12, "gradient_accumulation_steps": 3, "world_size": 2}, (12, 2)),
-    ],
-)
-def test_batch_triangle(translated, given: dict[str, Any], batch: tuple[int, int]) -> None:
-    training = translated(**given).training
-    assert (training.batch_size, training.micro_batch_size) == batch
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"train_batch_size": 15}, "a step of 15 sequences is not train_micro_batch_size_per_gpu 2 x"),
-        (
-            {"train_batch_size": 16, "gradient_accumulation_steps": 3},
-            "gradient_accumulation_steps 3 x 1 devices",
-        ),
-        ({"train_micro_batch_size_per_gpu": None}, "no file gives 'train_micro_batch_size_per_gpu'"),
-        (
-            {"train_batch_size": 2, "train_micro_batch_size_per_gpu": None, "global_num_gpus": 4},
-            "does not fit",
-        ),
-        ({"gradient_accumulation_steps": 0}, "'gradient_accumulation_steps' must be at least 1"),
-    ],
-)
-def test_batches_that_do_not_fit(translated, given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        translated(**given)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "interval", "extra"),
-    [
-        ({"checkpoint_factor": 20}, 20, []),
-        ({"checkpoint_factor": 20, "extra_save_iters": [0, 5]}, 20, [0, 5]),
-        ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, None, []),
-        ({"checkpoint_factor": 2, "checkpoint_scale": "log", "compat": "v2.0"}, None, [2, 4, 8, 16, 32, 64]),
-        ({"extra_save_iters": [3]}, None, [3]),
-    ],
-)
-def test_steps_of_checkpoints(translated, given: dict[str, Any], interval: int | None, extra: list[int]) -> None:
-    checkpoint = translated(**given).checkpoint
-    assert (checkpoint.interval, checkpoint.extra_steps) == (interval, extra)
-
-
-@pytest.mark.parametrize(
-    ("config", "layers", "kinds"),
-    [
-        (None, 3, ["global"] * 3),
-        (["flash", "global"], 2, ["flash", "global"]),
-        ([[["global"], "all"]], 3, ["global"] * 3),
-        ([[["local", "global"], 2]], 4, ["local", "global"] * 2),
-        # "all" discards what came before it, as in GPT-NeoX.
-        ([[["local"], 1], [["global"], "all"]], 3, ["global"] * 3),
-    ],
-)
-def test_kinds_of_attention(config: Any, layers: int, kinds: list[str]) -> None:
-    from castalia.config.gptneox_given import Given
-
-    assert expand_attention(Given({"attention_config": config}, {}), layers) == kinds
-
-
-def test_where_gptneox_loses_something_it_is_said(translated) -> None:
-    remarks = "\n".join(notes(translated(gpt_j_residual=True, use_bias_in_mlp=False, activation="swiglu")))
-    assert "loses the attention" in remarks
-    assert "inner width of a third" in remarks
-    assert "batch is that of one device" in remarks
