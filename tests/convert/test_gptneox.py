@@ -174,6 +174,171 @@ def test_both_directions(tmp_path: Path, changes: dict[str, Any], naming: Naming
     assert all(torch.equal(state.weights[name], tensor) for name, tensor in weights.items())
 
 
+NORMS = ("layernorm", "rmsnorm", "rmsnorm_eps_outside", "scalenorm", "non_parametric_layernorm")
+FORMS: dict[str, dict[str, Any]] = {
+    "sequential": {"residual": "sequential"},
+    "parallel": {},
+    "tied norms": {"tie_norms": True},
+    "query-key norm": {"qk_norm": True},
+    "both": {"qk_norm": True, "tie_norms": True, "tie_embeddings": True},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"{norm} {form}": {"norm": norm} | changes for norm in NORMS for form, changes in FORMS.items()},
+    **{
+        position: {"position": position, "rpe_num_buckets": 6}
+        for position in ("rotary", "learned", "sinusoidal", "rpe", "alibi", "none")
+    },
+    "rpe and all": {"position": "rpe", "norm": "rmsnorm", "activation": "glu"} | FORMS["both"],
+}
+
+
+def write_checkpoint(folder: Path, modules: list[dict[str, Tensor]], optimizers: list[Any] | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    for rank, module in enumerate(modules):
+        content = {"module": module, "iteration": 7, "optimizer": optimizers[rank] if optimizers else None}
+        torch.save(content, folder / f"mp_rank_{rank:02d}_model_states.pt")
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
+def test_every_kind_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = model_config(**changes)
+    weights = random_weights(model)
+    by_rank = model.qk_norm and model.norm in ("layernorm", "non_parametric_layernorm")
+    for ranks in (1,) if by_rank else (1, 2, 4):
+        for naming in ("main", "v2.0"):
+            modules = to_gptneox(weights, model, ranks, naming)
+            for module in modules:  # as their files have them
+                module["sequential.0.position_embeddings.inv_freq"] = torch.ones(16)
+                module["sequential.2.attention.rotary_emb.inv_freq"] = torch.ones(1)
+                module["sequential.2.attention.alibi_embed.slopes"] = torch.ones(4 // ranks)
+            folder = tmp_path / f"{naming}-{ranks}"
+            write_checkpoint(folder, modules)
+            back = load_gptneox_checkpoint(folder, model).weights
+            assert back.keys() == weights.keys()
+            assert all(torch.equal(back[name], tensor) for name, tensor in weights.items()), (ranks, naming)
+
+
+def test_names_and_shapes_are_theirs() -> None:
+    """From the description of their format, not from the table; per rank of two."""
+    layer = {
+        "attention.query_key_value.weight": [48, 32],
+        "attention.dense.weight": [32, 16],
+        "mlp.linear1.weight": [64, 32],
+        "mlp.linear2.weight": [32, 64],
+    }
+    plain = {"num_layers": 1, "attention_bias": False, "mlp_bias": False, "tie_embeddings": True, "qk_norm": True}
+    rms = {
+        "input_layernorm.scale": [32],
+        "post_attention_layernorm.scale": [32],
+        "attention.qk_layernorm.scale": [2, 8],
+    }
+    one = {"input_layernorm.g": [1], "post_attention_layernorm.g": [1], "attention.qk_layernorm.g": [1]}
+    word = {"0.word_embeddings.weight": [256, 32]}
+    for changes, expected_layer, others in (
+        (
+            {"norm": "rmsnorm", "position": "rpe", "rpe_num_buckets": 6, "tie_norms": True},
+            layer | rms | {"attention.rpe.weight": [6, 2]},
+            word | {"4.norm.scale": [32]},
+        ),
+        (
+            {"norm": "scalenorm", "position": "learned"},
+            layer | one,
+            word | {"0.position_embeddings.weight": [64, 32], "4.norm.g": [1]},
+        ),
+        ({"norm": "non_parametric_layernorm", "position": "alibi", "qk_norm": False}, layer, word),
+    ):
+        model = model_config(**(plain | changes))
+        expected = {f"2.{name}": shape for name, shape in expected_layer.items()} | others
+        for module in to_gptneox(random_weights(model), model, 2):
+            assert {n.removeprefix("sequential."): list(t.shape) for n, t in module.items()} == expected
+
+
+def test_each_head_keeps_its_gain_and_its_column() -> None:
+    model = model_config(norm="rmsnorm", qk_norm=True, position="rpe", rpe_num_buckets=6)
+    weights = random_weights(model)
+    weights["layers.1.attention.qk_norm.weight"] = torch.arange(32.0)
+    weights["relative_bias.weight"] = torch.arange(24.0).view(6, 4)
+    first, second = to_gptneox(weights, model, 2)
+    gains = "sequential.3.attention.qk_layernorm.scale"
+    assert [first[gains][1, 0], second[gains][0, 3]] == [8, 19]  # head 1, dimension 0; head 2, dimension 3
+    for layer in (2, 3, 4):
+        name = f"sequential.{layer}.attention.rpe.weight"
+        assert first[name][1].tolist() == [4, 5] and second[name][1].tolist() == [6, 7]
+
+
+def test_a_second_norm_that_is_not_used_is_written_and_not_read(tmp_path: Path) -> None:
+    model = model_config(tie_norms=True)
+    weights = random_weights(model)
+    (module,) = to_gptneox(weights, model)
+    name = "sequential.3.post_attention_layernorm"
+    assert torch.equal(module[f"{name}.weight"], torch.ones(32)) and torch.equal(
+        module[f"{name}.bias"], torch.zeros(32)
+    )
+    module[f"{name}.weight"].fill_(5.0)
+    del module[f"{name}.bias"]
+    write_checkpoint(tmp_path, [module])
+    back = load_gptneox_checkpoint(tmp_path, model).weights
+    assert all(torch.equal(back[n], tensor) for n, tensor in weights.items()) and back.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "scalenorm"])
+def test_moments_where_parameters_are_shared_or_not_used(tmp_path: Path, norm: str) -> None:
+    """Their optimizer numbers a shared table once, and has no state of a norm that never had a gradient."""
+    model = model_config(norm=norm, position="rpe", tie_norms=True, attention_bias=False, mlp_bias=False)
+    weights = random_weights(model)
+    modules, optimizers = [], []
+    for unordered in to_gptneox(weights, model, 2):
+        module = dict(sorted(unordered.items(), key=lambda item: int(item[0].split(".")[1])))
+        names = [n for n in module if "attention.rpe" not in n or n.startswith("sequential.2.")]
+        vectors = [n for n in names if "norm" in n]
+        order = [n for n in names if n not in vectors] + vectors
+        matrices = len(order) - len(vectors)
+        groups = [{"params": list(range(matrices))}, {"params": list(range(matrices, len(order)))}]
+        moments = {
+            number: {"exp_avg": 2 * module[n], "exp_avg_sq": module[n] ** 2, "step": 7}
+            for number, n in enumerate(order)
+            if "post_attention_layernorm" not in n
+        }
+        modules.append(module)
+        optimizers.append({"state": moments, "param_groups": groups})
+    write_checkpoint(tmp_path, modules, optimizers)
+    optimizer = load_gptneox_checkpoint(tmp_path, model).optimizer
+    assert optimizer is not None and optimizer.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(optimizer[name]["exp_avg"], 2 * tensor) and optimizer[name]["step"] == 7
+        assert torch.equal(optimizer[name]["exp_avg_sq"], tensor**2)
+
+
+def test_models_that_theirs_cannot_be_are_refused(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"num_unique_layers": 1}, "model.num_unique_layers: is 1, but GPT-NeoX gives every layer"),
+        ({"soft_prompt_tokens": 3}, "model.soft_prompt_tokens: is 3, but"),
+        ({"norm": "other"}, "one of layernorm, rmsnorm, rmsnorm_eps_outside, scalenorm, non_parametric_layernorm"),
+    ):
+        model = model_config(**changes)
+        with pytest.raises(UserError, match=message):
+            to_gptneox({}, model)
+        with pytest.raises(UserError, match=message):
+            load_gptneox_checkpoint(RUNS / "ckpt_seq_gptj", model)
+    whole = model_config(num_unique_layers=3)  # as many as there are: nothing is shared
+    assert load_gptneox_checkpoint(RUNS / "ckpt_seq_gptj", whole).iteration == 30
+    # Their layer norm of queries and keys is over the heads of a rank.
+    model = model_config(qk_norm=True)
+    with pytest.raises(UserError, match="with 2 ranks is another model"):
+        to_gptneox(random_weights(model), model, 2)
+    (module,) = to_gptneox(random_weights(model), model)
+    write_checkpoint(tmp_path / "norm", [module, module])
+    with pytest.raises(UserError, match="with 2 ranks is another model"):
+        load_gptneox_checkpoint(tmp_path / "norm", model)
+    # Each of their pipeline stages trains a table of its own.
+    model = model_config(position="rpe")
+    (module,) = to_gptneox(random_weights(model), model)
+    module["sequential.4.attention.rpe.weight"] = module["sequential.4.attention.rpe.weight"] + 1
+    write_checkpoint(tmp_path / "rpe", [module])
+    with pytest.raises(UserError, match=r"4\.attention\.rpe\.weight: differs from 2\.attention\.rpe\.weight"):
+        load_gptneox_checkpoint(tmp_path / "rpe", model)
+
+
 def test_grouped_queries_lie_one_after_the_other_in_each_rank() -> None:
     """GPT-NeoX: [all queries | keys | values] of a rank; ours: per key/value head its queries, key, value."""
     model = model_config(num_kv_heads=2)

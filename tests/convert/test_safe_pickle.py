@@ -21,7 +21,7 @@ from castalia.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gptneox_runs"
 
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "state": OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.ones(2, dtype=torch.bfloat16)),
     "shape": torch.Size([2, 3]),
     "dtype": torch.float16,

@@ -10,7 +10,7 @@ weights are read as they are; optimizer states only where DeepSpeed keeps plain 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,18 @@ import torch
 from torch import Tensor
 
 from castalia.config import ModelConfig
-from castalia.convert.gptneox_table import NeoXRow, merge_shards, naming_of, table
+from castalia.convert.gptneox_table import NeoXRow, check_ranks, merge_shards, naming_of, table
 from castalia.convert.safe_pickle import load_pt
 from castalia.convert.table import check_names, to_ours
 from castalia.errors import UserError
 
 # Buffers that follow from the configuration, and Transformer Engine's bookkeeping.
-_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\._extra_state$")
+_IGNORED = re.compile(
+    r"\.rotary_emb\.inv_freq$|\.position_embeddings\.inv_freq$|\.alibi_embed\.slopes$|\._extra_state$"
+)
+
+# One parameter that stands under every layer.
+_SHARED = re.compile(r"\.attention\.rpe\.weight$")
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,14 @@ def load_gptneox_checkpoint(path: Path, model: ModelConfig, step: int | None = N
     args = dict(loaded[0].get("args") or {})
     _check_args(args, model, folder)
     modules = _rank_modules(folder, heads, loaded)
-    naming = naming_of(modules[0])
-    rows = table(model, naming)
-    whole = _merge(rows, modules, model, str(folder))
+    check_ranks(model, len(modules))
+    rows = table(model, naming_of(modules[0]))
+    unused = {name for row in rows if not row.ours for name in row.theirs}
+    rows = [row for row in rows if row.ours]
+    whole = _merge(rows, _without(modules, unused), model, str(folder))
     weights = {n: t.to(torch.float32, copy=True) for n, t in to_ours(rows, whole, str(folder)).items()}
     iteration = loaded[0].get("iteration", loaded[0].get("total_iters", loaded[0].get("global_steps", 0)))
-    return GPTNeoXState(weights, _optimizer(rows, modules, loaded, model, folder), int(iteration), args)
+    return GPTNeoXState(weights, _optimizer(rows, unused, modules, loaded, model, folder), int(iteration), args)
 
 
 def _step_folder(path: Path, step: int | None) -> Path:
@@ -119,6 +126,10 @@ def _rank_modules(folder: Path, heads: list[Path], loaded: list[Mapping[str, Any
     return [{n: t for n, t in m.items() if not _IGNORED.search(n)} for m in modules]
 
 
+def _without(modules: Sequence[dict[str, Tensor]], unused: Collection[str]) -> list[dict[str, Tensor]]:
+    return [{name: tensor for name, tensor in module.items() if name not in unused} for module in modules]
+
+
 def _check_args(args: Mapping[str, Any], model: ModelConfig, folder: Path) -> None:
     for key in ("num_layers", "hidden_size", "num_attention_heads"):
         if key in args and args[key] != getattr(model, key):
@@ -148,6 +159,7 @@ def _merge(
 
 def _optimizer(
     rows: Sequence[NeoXRow],
+    unused: Collection[str],
     modules: Sequence[dict[str, Tensor]],
     loaded: Sequence[Mapping[str, Any]],
     model: ModelConfig,
@@ -158,7 +170,7 @@ def _optimizer(
         return None
     states = []
     for module, content in zip(modules, loaded, strict=True):
-        state = _optimizer_by_name(module, content.get("optimizer"), str(folder))
+        state = _optimizer_by_name(module, content.get("optimizer"), unused, str(folder))
         if state is None:
             return None
         states.append(state)
@@ -178,23 +190,31 @@ def _optimizer(
     }
 
 
-def _optimizer_by_name(module: Mapping[str, Tensor], optimizer: Any, what: str) -> dict[str, dict[str, Any]] | None:
+def _optimizer_by_name(
+    module: Mapping[str, Tensor], optimizer: Any, unused: Collection[str], what: str
+) -> dict[str, dict[str, Any]] | None:
     """torch numbers an optimizer's parameters group by group; this finds the name behind each number.
 
     GPT-NeoX walks its modules in order (as a state dict lists them) and deals their parameters into a group
     with decay and one without: norms and whatever is named `bias`. Without any decay there is one group.
+    What is shared by all layers is one parameter, met first in the first of them. Parameters that the model
+    does not use have numbers, but usually no state.
     """
     if not isinstance(optimizer, Mapping) or not optimizer.get("state") or "param_groups" not in optimizer:
         return None
-    decayed = [name for name in module if not _without_decay(name)]
-    others = [name for name in module if _without_decay(name)]
+    shared = [name for name in module if _SHARED.search(name)]
+    parameters = [name for name in module if name not in shared[1:]]
+    decayed = [name for name in parameters if not _without_decay(name)]
+    others = [name for name in parameters if _without_decay(name)]
     groups = [list(group["params"]) for group in optimizer["param_groups"]]
-    names = [list(module)] if len(groups) == 1 else [decayed, others]
+    names = [parameters] if len(groups) == 1 else [decayed, others]
     if [len(g) for g in groups] != [len(n) for n in names]:
         raise UserError(f"{what}: the optimizer's parameters are not those of the model: import the weights alone")
     found: dict[str, dict[str, Any]] = {}
     for numbers, group in zip(groups, names, strict=True):
         for number, name in zip(numbers, group, strict=True):
+            if name in unused:
+                continue
             state = optimizer["state"].get(number, {})
             if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
                 return None
@@ -204,8 +224,8 @@ def _optimizer_by_name(module: Mapping[str, Tensor], optimizer: Any, what: str) 
                     f"but {name} has {list(module[name].shape)}: import the weights alone"
                 )
             found[name] = state
-    return found
+    return found | {name: found[shared[0]] for name in shared}
 
 
 def _without_decay(name: str) -> bool:
-    return name.endswith((".bias", ".scale")) or "norm.weight" in name
+    return name.endswith((".bias", ".scale", ".g")) or "norm.weight" in name

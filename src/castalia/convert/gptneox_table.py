@@ -5,6 +5,9 @@
 Their names here are `I.NAME`: I counts GPT-NeoX's list of modules: 0 the embedding, 1 a function,
 2..N+1 the layers, N+2 a function, N+3 the final norm, N+4 the output matrix. v2.0 names the MLP
 dense_h_to_4h and dense_4h_to_h, later versions linear1 and linear2. (Format of EleutherAI/gpt-neox.)
+
+Two things do not go one to one. The table of relative positions is one for all layers, and stands
+under each of them in their files; and with tied norms their second norm is there, but unused.
 """
 
 from __future__ import annotations
@@ -31,10 +34,21 @@ _MLP_NAMES: dict[Naming, tuple[str, ...]] = {
     "w123": ("w1", "w3", "w2"),  # 2023's separate Llama MLP: gate, up, down
 }
 
+# Our names of a norm's parameters -> theirs.
+_NORM_NAMES: dict[str, dict[str, str]] = {
+    "layernorm": {"weight": "weight", "bias": "bias"},
+    "rmsnorm": {"weight": "scale"},
+    "rmsnorm_eps_outside": {"weight": "scale"},
+    "scalenorm": {"weight": "g"},
+    "non_parametric_layernorm": {},
+}
+
 
 @dataclass(frozen=True)
 class NeoXRow(Row):
     """A row of the table, with how ranks share the tensors on GPT-NeoX's side.
+
+    A row without `ours` is of a tensor that their model does not use: written, and not read.
 
     Attributes:
         sharding: see `merge_shards`.
@@ -51,14 +65,28 @@ def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
     Raises:
         UserError: GPT-NeoX has no such model.
     """
-    if model.norm not in ("layernorm", "rmsnorm"):
-        raise UserError(f"model.norm: GPT-NeoX has no '{model.norm}': it can be layernorm or rmsnorm")
+    if model.norm not in _NORM_NAMES:
+        raise UserError(f"model.norm: GPT-NeoX has no '{model.norm}': it can be one of {', '.join(_NORM_NAMES)}")
+    if model.num_unique_layers not in (None, model.num_layers):
+        raise UserError(
+            f"model.num_unique_layers: is {model.num_unique_layers}, but GPT-NeoX gives every layer weights of its "
+            "own, whatever it is told: take it out"
+        )
+    if model.soft_prompt_tokens:
+        raise UserError(
+            f"model.soft_prompt_tokens: is {model.soft_prompt_tokens}, but GPT-NeoX can neither train nor load "
+            "a soft prompt: set it to 0"
+        )
     if naming == "w123" and not model.gated:
         raise UserError(
             f"model.activation: '{model.activation}' is not gated, but the checkpoint's MLPs (w1, w2, w3) are"
         )
     layers = model.num_layers
     rows = [NeoXRow(("embedding.weight",), ("0.word_embeddings.weight",), sharding="rows")]
+    if model.position == "learned":
+        rows.append(NeoXRow(("position_embedding.weight",), ("0.position_embeddings.weight",)))
+    if model.position == "rpe":
+        rows.append(_shared_row("relative_bias.weight", [f"{i + 2}.attention.rpe.weight" for i in range(layers)]))
     for layer in range(layers):
         rows += _layer_rows(model, f"layers.{layer}", str(layer + 2), naming)
     rows += _norm_rows(model, "final_norm", f"{layers + 3}.norm")
@@ -72,8 +100,13 @@ def _layer_rows(model: ModelConfig, ours: str, theirs: str, naming: Naming) -> l
     rows = _norm_rows(model, f"{ours}.attention_norm", f"{theirs}.input_layernorm")
     for kind in kinds:
         rows.append(_qkv_row(model, f"{ours}.attention.qkv.{kind}", f"{theirs}.attention.query_key_value.{kind}"))
+    if model.qk_norm:
+        rows += _qk_norm_rows(model, f"{ours}.attention.qk_norm", f"{theirs}.attention.qk_layernorm")
     rows += [_output_row(f"{ours}.attention.out.{kind}", f"{theirs}.attention.dense.{kind}") for kind in kinds]
-    rows += _norm_rows(model, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
+    if model.tie_norms:
+        rows += _unused_norm_rows(model, f"{theirs}.post_attention_layernorm")
+    else:
+        rows += _norm_rows(model, f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
     *inner, outer = _MLP_NAMES[naming]
     for kind in ("weight", "bias") if model.mlp_bias else ("weight",):
         up, gate, down = (f"{ours}.mlp.{part}.{kind}" for part in ("up", "gate", "down"))
@@ -89,9 +122,69 @@ def _layer_rows(model: ModelConfig, ours: str, theirs: str, naming: Naming) -> l
 
 
 def _norm_rows(model: ModelConfig, ours: str, theirs: str) -> list[NeoXRow]:
-    if model.norm == "rmsnorm":
-        return [NeoXRow((f"{ours}.weight",), (f"{theirs}.scale",))]
-    return [NeoXRow((f"{ours}.{kind}",), (f"{theirs}.{kind}",)) for kind in ("weight", "bias")]
+    return [NeoXRow((f"{ours}.{our}",), (f"{theirs}.{their}",)) for our, their in _NORM_NAMES[model.norm].items()]
+
+
+def _unused_norm_rows(model: ModelConfig, theirs: str) -> list[NeoXRow]:
+    """A norm as it starts: nothing of ours <-> ones, zeros for a bias."""
+    size = 1 if model.norm == "scalenorm" else model.hidden_size
+
+    def row(our: str, their: str) -> NeoXRow:
+        value = torch.zeros(size) if our == "bias" else torch.ones(size)
+        return NeoXRow((), (f"{theirs}.{their}",), lambda _: [value.clone()], lambda _: [])
+
+    return [row(our, their) for our, their in _NORM_NAMES[model.norm].items()]
+
+
+def _qk_norm_rows(model: ModelConfig, ours: str, theirs: str) -> list[NeoXRow]:
+    """One vector over all heads <-> a matrix, a row for each head; ScaleNorm's one number is the same number."""
+    if model.norm == "scalenorm":
+        return _norm_rows(model, ours, theirs)
+    shape = (model.num_attention_heads, model.head_size)
+
+    def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[0].reshape(shape)]
+
+    def backward(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[0].reshape(shape).flatten()]
+
+    return [
+        NeoXRow((f"{ours}.{our}",), (f"{theirs}.{their}",), forward, backward, "rows")
+        for our, their in _NORM_NAMES[model.norm].items()
+    ]
+
+
+def _shared_row(ours: str, theirs: Sequence[str]) -> NeoXRow:
+    """One table <-> the same under each layer, a column for each head."""
+
+    def forward(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[0]] * len(theirs)
+
+    def backward(tensors: Sequence[Tensor]) -> list[Tensor]:
+        for name, tensor in zip(theirs, tensors, strict=True):
+            if not torch.equal(tensor, tensors[0]):
+                raise UserError(
+                    f"{name}: differs from {theirs[0]}, but one table of relative positions serves all layers: "
+                    "pipeline stages trained copies of their own, which is another model"
+                )
+        return [tensors[0]]
+
+    return NeoXRow((ours,), tuple(theirs), forward, backward, "columns")
+
+
+def check_ranks(model: ModelConfig, ranks: int) -> None:
+    """Refuse a number of tensor-parallel ranks with which GPT-NeoX computes another function.
+
+    Its layer norm of queries and keys takes the heads of one rank together, ours all of them.
+
+    Raises:
+        UserError: it does.
+    """
+    if ranks > 1 and model.qk_norm and model.norm in ("layernorm", "non_parametric_layernorm"):
+        raise UserError(
+            f"model.qk_norm: with model.norm {model.norm} GPT-NeoX normalises each tensor-parallel rank's heads apart, "
+            f"which with {ranks} ranks is another model: only checkpoints of one rank can be converted"
+        )
 
 
 def _output_row(ours: str, theirs: str) -> NeoXRow:
@@ -180,6 +273,7 @@ def to_gptneox(
     rows = table(model, naming)
     if any(size % ranks for size in (model.num_attention_heads, model.kv_heads, model.mlp_size, model.hidden_size)):
         raise UserError(f"tensor parallel {ranks}: heads, key/value heads, hidden and MLP size must divide by it")
+    check_ranks(model, ranks)
     whole = to_theirs(rows, weights, "the weights")
     state: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for row in rows:
