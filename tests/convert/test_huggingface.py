@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from castalia.config import ModelConfig
 from castalia.convert import from_huggingface, huggingface_config, model_config_fields, to_huggingface
+from castalia.convert.huggingface import ARCHITECTURES
 from castalia.errors import UserError
 from castalia.model.transformer import build_model
 
@@ -39,12 +41,15 @@ MODELS = {
     "neox": NEOX,
     "neox sequential": NEOX | {"residual": "sequential", "rotary_fraction": 1.0, "activation": "gelu_tanh"},
     "neox tied": NEOX | {"tie_embeddings": True, "intermediate_size": 40},
+    "neox mish": NEOX | {"activation": "mish"},
     "neox without attention biases": NEOX | {"attention_bias": False},
     "llama": LLAMA,
     "llama grouped": LLAMA | {"num_kv_heads": 2},
     "llama one key head": LLAMA | {"num_kv_heads": 1, "activation": "geglu"},
     "llama tied": LLAMA | {"tie_embeddings": True},
     "llama biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "num_kv_heads": 2},
+    "llama sigmoid gate": LLAMA | {"activation": "glu"},
+    "llama bilinear": LLAMA | {"activation": "bilinear"},
     "llama small heads": LLAMA | {"head_dim": 4, "num_kv_heads": 2},
 }
 
@@ -188,3 +193,103 @@ def test_an_older_config_is_read() -> None:
     assert model_config_fields(llama)["rotary_base"] == 1000.0
     with pytest.raises(UserError, match="an export needs it"):
         huggingface_config(ModelConfig(**(NEOX | {"vocab_size": None})))
+
+
+WRITTEN = "config.json has it, and an import reads it back"
+NO_EFFECT = "the function is the same"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a field: WRITTEN, NO_EFFECT, or the field that the obstacle names.
+
+    Attributes:
+        value: other than in NEOX and LLAMA; `llama_value` where these differ.
+        neox, llama: what becomes of it.
+        others: what has to be changed with it.
+    """
+
+    value: Any
+    neox: str = WRITTEN
+    llama: str = WRITTEN
+    others: dict[str, Any] = field(default_factory=dict)
+    llama_value: Any = None
+
+
+def obstacle(value: Any, name: str, **others: Any) -> Fate:
+    return Fate(value, name, name, others)
+
+
+FATES: dict[str, Fate] = {
+    "block": obstacle("mine:Block", "block"),
+    "num_layers": Fate(3),
+    "hidden_size": Fate(64),
+    "num_attention_heads": Fate(2),
+    "num_kv_heads": Fate(2, neox="num_kv_heads"),
+    "head_dim": Fate(4, neox="head_dim", others={"rotary_fraction": 1.0}),
+    "intermediate_size": Fate(40),
+    "vocab_size": Fate(80),
+    "vocab_multiple": Fate(64, NO_EFFECT, NO_EFFECT),
+    "max_position_embeddings": Fate(32),
+    "norm": obstacle("rmsnorm_eps_outside", "norm"),
+    "norm_epsilon": Fate(1e-3),
+    "qk_norm": obstacle(True, "qk_norm"),
+    "tie_norms": obstacle(True, "tie_norms", residual="parallel"),
+    "activation": obstacle("softsign", "activation"),
+    "position": obstacle("alibi", "position"),
+    "position_offset": obstacle(3, "position", position="learned"),
+    "rotary_fraction": Fate(0.5, llama="rotary_fraction"),
+    "rotary_base": Fate(500.0),
+    "rpe_num_buckets": Fate(16, NO_EFFECT, NO_EFFECT),
+    "rpe_max_distance": Fate(64, NO_EFFECT, NO_EFFECT),
+    "residual": Fate("sequential", llama="residual", llama_value="parallel"),
+    "attention_bias": Fate(False, llama_value=True),
+    "mlp_bias": Fate(False, neox="mlp_bias", llama_value=True),
+    "hidden_dropout": Fate(0.5, NO_EFFECT, NO_EFFECT),
+    "attention_dropout": Fate(0.5, NO_EFFECT, NO_EFFECT),
+    "tie_embeddings": Fate(True),
+    "num_unique_layers": obstacle(1, "num_unique_layers"),
+    "param_sharing_style": Fate("spaced", NO_EFFECT, NO_EFFECT),
+    "soft_prompt_tokens": obstacle(2, "soft_prompt_tokens"),
+    "soft_prompt_range": Fate(0.1, NO_EFFECT, NO_EFFECT),
+    "init_method": Fate("normal", NO_EFFECT, NO_EFFECT),
+    "output_init_method": Fate("normal", NO_EFFECT, NO_EFFECT),
+    "init_std": Fate(0.01, NO_EFFECT, NO_EFFECT),
+}
+
+
+def test_every_field_of_the_model_has_a_fate() -> None:
+    """A new field must be written, be an obstacle, or leave the function as it is: say which."""
+    assert FATES.keys() == ModelConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", FATES)
+@pytest.mark.parametrize(("kind", "fields"), [("gpt_neox", NEOX), ("llama", LLAMA)])
+def test_no_field_is_lost_in_an_export(kind: str, fields: dict[str, Any], name: str) -> None:
+    fate = FATES[name]
+    outcome, value = (fate.neox, fate.value) if kind == "gpt_neox" else (fate.llama, fate.llama_value or fate.value)
+    before = ModelConfig(**fields)
+    after = ModelConfig(**(fields | fate.others | {name: value}))
+    assert getattr(after, name) != getattr(before, name)
+    obstacles = ARCHITECTURES[kind].obstacles(after)
+    assert ARCHITECTURES[kind].obstacles(before) == []
+    if outcome not in (WRITTEN, NO_EFFECT):
+        assert any(text.startswith(f"model.{outcome} ") for text in obstacles)
+        return
+    assert obstacles == []
+    settings = huggingface_config(after)
+    assert settings["model_type"] == kind
+    if outcome == WRITTEN:
+        assert getattr(ModelConfig(**model_config_fields(settings)), name) == value
+        return
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(4))
+    weights, logits = random_weights(before), []
+    for cfg in (before, after):
+        model = build_model(cfg, 1)
+        model.load_state_dict(weights)
+        logits.append(model.logits(model(tokens)))
+    assert torch.equal(*logits)
+
+
+def test_two_names_of_one_function_are_both_exported() -> None:
+    assert huggingface_config(ModelConfig(**(NEOX | {"activation": "swish"})))["hidden_act"] == "silu"

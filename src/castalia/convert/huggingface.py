@@ -21,8 +21,16 @@ from castalia.config import ModelConfig
 from castalia.convert.table import Row, join_qkv, split_qkv, to_ours, to_theirs
 from castalia.errors import UserError
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
-_GATED_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "mish": "mish",
+}
+# The gate's function; `glu` is the sigmoid's, `bilinear` has none.
+_GATED_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "linear"}
 # Other names that transformers has for the same function.
 _SYNONYMS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh", "swish": "silu"}
 
@@ -162,6 +170,18 @@ def architecture_of(model: ModelConfig) -> Architecture:
     raise UserError(f"model: Hugging Face's classes do not compute it ({'; '.join(reasons)}): export it as GPT-NeoX")
 
 
+def _common_needs(model: ModelConfig) -> list[tuple[str, bool]]:
+    """What both classes need. Dropout, initial values and the vocabulary's rounding do not change the function."""
+    return [
+        ("model.block transformer", model.block == "transformer"),
+        ("model.position rotary", model.position == "rotary"),
+        ("model.qk_norm false", not model.qk_norm),
+        ("model.tie_norms false", not model.tie_norms),
+        ("model.num_unique_layers null", model.num_unique_layers in (None, model.num_layers)),
+        ("model.soft_prompt_tokens 0", not model.soft_prompt_tokens),
+    ]
+
+
 def _unmet(*needs: tuple[str, bool]) -> list[str]:
     return [text for text, met in needs if not met]
 
@@ -202,13 +222,18 @@ def _neox_rows(model: ModelConfig) -> list[Row]:
 
 def _neox_obstacles(model: ModelConfig) -> list[str]:
     return _unmet(
-        ("model.block transformer", model.block == "transformer"),
         ("model.norm layernorm", model.norm == "layernorm"),
         (f"model.activation one of {', '.join(_ACTIVATIONS)}", model.activation in _ACTIVATIONS),
-        ("model.position rotary", model.position == "rotary"),
         ("model.mlp_bias true", model.mlp_bias),
-        ("as many key/value heads as query heads", model.kv_heads == model.num_attention_heads),
-        ("heads that make up hidden_size", model.head_size * model.num_attention_heads == model.hidden_size),
+        (
+            "model.num_kv_heads null (as many key/value heads as query heads)",
+            model.kv_heads == model.num_attention_heads,
+        ),
+        (
+            "model.head_dim null (heads that make up hidden_size)",
+            model.head_size * model.num_attention_heads == model.hidden_size,
+        ),
+        *_common_needs(model),
     )
 
 
@@ -269,13 +294,15 @@ def _llama_rows(model: ModelConfig) -> list[Row]:
 
 def _llama_obstacles(model: ModelConfig) -> list[str]:
     return _unmet(
-        ("model.block transformer", model.block == "transformer"),
         ("model.norm rmsnorm", model.norm == "rmsnorm"),
         (f"model.activation one of {', '.join(_GATED_ACTIVATIONS)}", model.activation in _GATED_ACTIVATIONS),
-        ("model.position rotary", model.position == "rotary"),
         ("model.rotary_fraction 1", model.rotary_fraction == 1),
         ("model.residual sequential", model.residual == "sequential"),
-        ("hidden_size a multiple of the heads", model.hidden_size % model.num_attention_heads == 0),
+        (
+            "model.hidden_size a multiple of model.num_attention_heads",
+            model.hidden_size % model.num_attention_heads == 0,
+        ),
+        *_common_needs(model),
     )
 
 
