@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,7 +52,10 @@ class Worker:
         # Progress bars and telemetry of the peers' libraries have no place in a measurement.
         env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [str(python), str(HERE / "peers" / "contenders.py"), name, shape, str(batch), str(length), precision]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        # A session of its own: an interrupt is for the driver, which then closes the pipes.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+        )
         self.greeting = self._answer()
 
     def ask(self, **command: Any) -> dict[str, Any]:
@@ -111,14 +115,19 @@ def measure(args: argparse.Namespace, tokens: str, precision: str, say: Callable
             contenders[name] = Worker(args.python, name, args.shape, batch, length, precision)
             workers.append(contenders[name])
             warm_up[name] = contenders[name].ask(do="run", steps=args.warm_up)
-        rounds = []
-        for number in range(args.rounds):
-            shift = number % len(names)
-            result: dict[str, Any] = {"machine": machine.ask()}
-            for name in names[shift:] + names[:shift]:
-                result[name] = contenders[name].ask(do="run", steps=args.steps)
-            rounds.append(result)
-            say(f"round {number + 1} of {args.rounds}")
+        rounds: list[dict[str, Any]] = []
+        try:
+            for number in range(args.rounds):
+                shift = number % len(names)
+                result: dict[str, Any] = {"machine": machine.ask()}
+                for name in names[shift:] + names[:shift]:
+                    result[name] = contenders[name].ask(do="run", steps=args.steps)
+                rounds.append(result)
+                say(f"round {number + 1} of {args.rounds}")
+        except KeyboardInterrupt:
+            if len(rounds) < 3:
+                raise
+            say(f"interrupted: the table is of {len(rounds)} rounds")
         vocabulary = VOCABULARY.get(args.shape, 50304)
         for name in names:
             losses = warm_up[name]["losses"] + [loss for r in rounds for loss in r[name]["losses"]]
@@ -239,6 +248,8 @@ def main() -> None:
         sys.exit(
             f"{args.venv}: there is no environment with the peers; make it with: python benchmarks/train.py --setup"
         )
+    # `timeout`, like Ctrl-C, leaves a table of the rounds so far.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results = []
     for precision in args.precision:
         for tokens in args.tokens:
