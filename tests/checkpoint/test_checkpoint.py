@@ -158,13 +158,13 @@ def test_finding(tmp_path: Path) -> None:
     assert found is not None and (found.step, found.skipped, found.state) == (3, (), {"step": 3})
     (tmp_path / "latest").write_text("step-00000002\n")
     found = find_checkpoint(tmp_path)
-    assert found is not None and found.step == 2, "latest is followed"
-    (tmp_path / "step-00000002" / "state.json").unlink()
+    assert found is not None and found.step == 3, "the newest whole one, whatever latest says"
+    (tmp_path / "step-00000003" / "state.json").unlink()
     found = find_checkpoint(tmp_path)
-    assert found is not None and found.step == 3 and "step-00000002/state.json: is missing" in found.skipped[0]
+    assert found is not None and found.step == 2 and "step-00000003/state.json: is missing" in found.skipped[0]
     (tmp_path / "latest").write_text("step-00000009\n")
     found = find_checkpoint(tmp_path)
-    assert found is not None and found.step == 3 and "step-00000009: is missing" in found.skipped[0]
+    assert found is not None and found.step == 2 and "step-00000009: is missing" in found.skipped[0]
     assert find_checkpoint(tmp_path, step=1) is not None
     with pytest.raises(UserError, match=r"no checkpoint of step 4: .*\(1, 2, 3\)"):
         find_checkpoint(tmp_path, step=4)

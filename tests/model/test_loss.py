@@ -63,6 +63,19 @@ def test_bf16_gradient_is_as_good_as_bf16_allows():
         assert (a.grad.double() - b.grad).norm() / b.grad.norm() < 2 * floor + 2.0**-8
 
 
+@pytest.mark.parametrize("chunk", [16, 64, 512])
+def test_bf16_gradient_does_not_decay_with_the_number_of_chunks(chunk):
+    """Frequent labels make long sums of equal sign, where bf16 alone would lose most."""
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(4096, 32, generator=g) + 0.5, 0.3 * torch.randn(200, 32, generator=g)
+    y = (200 ** torch.rand(4096, generator=g)).long().clamp(max=199)
+    exact = w.double().requires_grad_()
+    F.cross_entropy(h.double() @ exact.T, y, reduction="sum").backward()
+    mine = w.bfloat16().requires_grad_()
+    linear_cross_entropy(h, mine, y, chunk_size=chunk)[0].backward()
+    assert (mine.grad.double() - exact.grad).norm() / exact.grad.norm() < 6e-3
+
+
 def test_token_nll_matches_and_keeps_shape():
     h, w, y = _case(tokens=36, ignored=(3,))
     nll = token_nll(h.view(4, 9, -1), w, y.view(4, 9), chunk_size=5)

@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 from castalia.config import ModelConfig, OptimizerConfig
+from castalia.errors import UserError
 from castalia.model import build_model, linear_cross_entropy
 from castalia.optim import make_store
 from castalia.optim.weights import l2_norm
@@ -102,3 +103,23 @@ def test_norms_and_biases_do_not_decay():
     for name, parameter in model.named_parameters():
         expected = 1.0 if parameter.ndim == 1 else 1.0 - 0.1 * 0.5
         assert torch.allclose(parameter, torch.full_like(parameter, expected)), name
+
+
+def test_an_optimizer_of_the_users_own_is_named_by_module(tmp_path, monkeypatch):
+    (tmp_path / "my_optimizers.py").write_text(
+        "import torch\nfrom castalia.optim import OptimizerKind\n"
+        "plain = OptimizerKind(lambda groups, cfg: torch.optim.SGD(groups, lr=cfg.lr), moments=())\n"
+        "wrong = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = build_model(CFG, seed=0)
+    store = make_store(model, OptimizerConfig(type="my_optimizers:plain", weight_decay=0.0), "fp32", arena=False)
+    before = model.head.weight.clone()
+    hidden = functional_call(model, store.working(), (torch.zeros(1, 4, dtype=torch.long),))
+    linear_cross_entropy(hidden, model.head.weight, torch.ones(1, 4, dtype=torch.long))[0].backward()
+    gradient = model.head.weight.grad.clone()
+    store.step(0.1)
+    torch.testing.assert_close(model.head.weight, before - 0.1 * gradient)
+    for name, word in (("my_optimizers:wrong", "OptimizerKind"), ("nowhere:x", "imported"), ("adamx", "adamw")):
+        with pytest.raises(UserError, match=word):
+            make_store(model, OptimizerConfig(type=name), "fp32", arena=False)

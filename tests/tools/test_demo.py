@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from castalia.checkpoint import RunLock
 from castalia.data.corpora import stdlib_corpus
 from castalia.errors import UserError
 from castalia.tools.demo import demo_minutes, run_demo
@@ -64,3 +65,20 @@ def test_seconds_from_the_environment(monkeypatch):
     monkeypatch.setenv("CASTALIA_DEMO_SECONDS", "soon")
     with pytest.raises(UserError, match="CASTALIA_DEMO_SECONDS"):
         demo_minutes(3.0)
+
+
+def test_an_earlier_run_is_set_aside_not_removed(tmp_path):
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog again and again\n" * 3000)
+    mine = tmp_path / "runs" / "demo" / "checkpoints" / "mine"
+    mine.mkdir(parents=True)
+    run_demo(tmp_path, tmp_path / "book.txt", minutes=0.01, say=lambda _: None, overrides=SMALL)
+    assert (tmp_path / "runs" / "demo.1" / "checkpoints" / "mine").exists()
+    with RunLock(tmp_path / "runs" / "demo"), pytest.raises(UserError, match="another process|held|locked|trains"):
+        run_demo(tmp_path, tmp_path / "book.txt", minutes=0.01, say=lambda _: None, overrides=SMALL)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_training(tmp_path):
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog again and again\n" * 3000)
+    with pytest.raises(UserError, match="--prompt"):
+        run_demo(tmp_path, tmp_path / "book.txt", 0.01, lambda _: None, prompt="fox " * 400, overrides=SMALL)
+    assert not (tmp_path / "runs").exists()

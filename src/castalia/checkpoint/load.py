@@ -49,7 +49,10 @@ class Checkpoint:
 
 
 def find_checkpoint(directory: Path, step: int | None = None, verify: bool = True) -> Checkpoint | None:
-    """The checkpoint to go on from: the one `latest` names, or else the newest whole one.
+    """The checkpoint to go on from: the newest whole one.
+
+    `latest` names it too, but for a kill between the renaming of a checkpoint and the writing of
+    `latest`; so it only serves to notice a checkpoint that has gone.
 
     Args:
         directory: of all checkpoints of a run.
@@ -77,11 +80,8 @@ def find_checkpoint(directory: Path, step: int | None = None, verify: bool = Tru
     skipped: list[str] = []
     order = sorted(candidates, reverse=True)
     named = _latest(directory)
-    if named is not None:
-        if named in candidates:
-            order = [named, *(s for s in order if s != named)]
-        else:
-            skipped.append(f"{directory / step_name(named)}: is missing, though {directory / LATEST} names it")
+    if named is not None and named not in candidates:
+        skipped.append(f"{directory / step_name(named)}: is missing, though {directory / LATEST} names it")
     for candidate in order:
         path = candidates[candidate]
         problems = problems_of(path, verify)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from castalia.cli import split_settings
@@ -28,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         done = train([Path(f) for f in files], *overrides, accept=args.accept, quiet=args.quiet)
     except Stopped as stop:
-        print(f"castalia: {stop}", flush=True)
+        print(f"castalia: {stop}", file=sys.stderr, flush=True)
+        if args.json:
+            print(json.dumps({"stopped": str(stop)}))
         return 3
     report = None
     if not args.no_report:

@@ -45,7 +45,7 @@ class DataConfig(Section):
     test_weights: list[float] | None = setting(None, "blend weights of test_paths; null: all equal")
     seq_length: int = setting(512, "tokens that the model sees at once", unit="tokens", ge=1)
     order: Literal["gptneox"] = setting("gptneox", "how samples are ordered; gptneox is GPT-NeoX's order bit for bit")
-    seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0)
+    seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0, le=2**32 - 1)
     mask_loss_at_eod: bool = setting(False, "no loss where the input token is the end of a document")
 
     @model_validator(mode="after")
@@ -263,7 +263,7 @@ class TrainingConfig(Section):
         None, "sequences per forward pass and device; null: the whole batch", "performance", "sequences", ge=1
     )
     precision: Literal["fp32", "bf16"] = setting("fp32", "dtype of matrix products; weights are fp32 in either")
-    seed: int = setting(1234, "seed of weights and, unless data.seed is given, of the data order", ge=0)
+    seed: int = setting(1234, "seed of weights and, unless data.seed is given, of the data order", ge=0, le=2**32 - 1)
     exit_interval: int | None = setting(None, "save and stop after every so many steps", "cosmetic", "steps", ge=1)
     nonfinite: Literal["stop", "skip"] = setting(
         "stop",
@@ -414,7 +414,9 @@ class PerformanceConfig(Section):
     """What changes only speed and rounding."""
 
     device: str | None = setting(None, "cpu, cuda, ...; null: the accelerator if there is one", "performance")
-    threads: int | None = setting(None, "CPU threads; null: all physical cores", "performance", ge=1)
+    threads: int | None = setting(
+        None, "CPU threads; null: as torch chooses (OMP_NUM_THREADS, else the physical cores)", "performance", ge=1
+    )
     compile: bool = setting(False, "compile the model (pays back after minutes)", "performance")
     arena: bool = setting(True, "keep weights, moments and gradients in flat buffers", "performance")
     prefetch: int = setting(2, "steps of data read ahead in the background", "performance", "steps", ge=0)

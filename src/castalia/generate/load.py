@@ -58,8 +58,10 @@ def load_run(
         model = Transformer(config.model.model_copy(update=longest))
     model.to_empty(device=device)
     load_checkpoint(checkpoint.path, {f"model.{k}": v for k, v in model.state_dict().items()}, only="model.")
+    # As in training: matrices of products take the dtype, tables that are only looked up stay fp32.
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {id(model.head_weight)}
     for parameter in model.parameters():
-        if parameter.dim() >= 2:
+        if parameter.dim() >= 2 and id(parameter) not in looked_up:
             parameter.data = parameter.data.to(dtype)
     return model.eval(), tokenizer
 

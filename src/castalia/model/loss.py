@@ -21,6 +21,8 @@ from torch import Tensor
 IGNORED = -100
 # Rows of logits whose fp32 exponentials are in flight at once: small enough to stay in a CPU's cache.
 _SCRATCH_ELEMENTS = 1 << 21
+# Chunks whose weight gradients are summed in bf16 before the sum is moved to fp32.
+_CHUNKS_IN_LOW = 4
 
 
 def linear_cross_entropy(
@@ -64,10 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens, wants = len(labels), any(ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants else None
-        d_weight = torch.empty_like(weight) if wants else None
+        d_weight = _WeightGradient(weight) if wants else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         buffer = torch.empty(min(chunk_size, tokens), weight.shape[0], dtype=weight.dtype, device=weight.device)
-        for index, rows in enumerate(_chunks(tokens, chunk_size)):
+        for rows in _chunks(tokens, chunk_size):
             h, targets = hidden[rows].to(weight.dtype), labels[rows]
             logits = torch.mm(h, weight.T, out=buffer[: len(targets)])
             valid = targets != IGNORED
@@ -84,8 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits.view(-1).index_copy_(0, at, (target_e - z).to(logits.dtype))
             factor = ((valid / z) * scale).unsqueeze(1)
             torch.mul(torch.mm(logits, weight), factor, out=d_hidden[rows])
-            torch.addmm(d_weight, logits.T, (hidden[rows] * factor).to(weight.dtype), beta=min(index, 1), out=d_weight)
-        ctx.save_for_backward(d_hidden, d_weight)
+            d_weight.add(logits, (hidden[rows] * factor).to(weight.dtype))
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.result())
         ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(total)
         return (total * scale).to(torch.float32), total
@@ -96,6 +98,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad.device.type != "cpu" or grad.item() != 1.0:  # the usual 1.0 saves a pass where looking is free
             d_hidden, d_weight = d_hidden * grad, d_weight * grad
         return d_hidden.to(ctx.hidden_dtype), d_weight, None, None, None
+
+
+class _WeightGradient:
+    """Sum over chunks of e^T h, in the dtype of the matrix but for long sums.
+
+    A sum in bf16 loses more the more chunks it has, so after every few it is moved to fp32: the error
+    stays that of a few roundings, and a short micro-batch pays nothing.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._part = torch.empty_like(weight)
+        self._total: Tensor | None = None
+        self._chunks = 0
+        self._low = weight.dtype != torch.float32
+
+    def add(self, e: Tensor, h: Tensor) -> None:
+        """Add e^T h; e `[t, V]`, h `[t, hidden]`."""
+        if self._low and self._chunks == _CHUNKS_IN_LOW:
+            self._flush()
+        torch.addmm(self._part, e.T, h, beta=min(self._chunks, 1), out=self._part)
+        self._chunks += 1
+
+    def result(self) -> Tensor:
+        """The sum, in the dtype of the matrix."""
+        if self._total is None:
+            return self._part
+        self._flush()
+        return self._part.copy_(self._total)
+
+    def _flush(self) -> None:
+        self._total = self._part.float() if self._total is None else self._total.add_(self._part)
+        self._chunks = 0
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

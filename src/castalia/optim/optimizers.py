@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,6 +47,15 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 def optimizer_kind(cfg: OptimizerConfig) -> OptimizerKind:
     """The registered kind; raises UserError for an unknown name."""
+    module, colon, attribute = cfg.type.partition(":")
+    if colon:
+        try:
+            kind = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"optimizer.type: '{cfg.type}' cannot be imported: {error}") from None
+        if not isinstance(kind, OptimizerKind):
+            raise UserError(f"optimizer.type: '{cfg.type}' is no castalia.optim.OptimizerKind: wrap it in one")
+        return kind
     if cfg.type not in OPTIMIZERS:
         raise UserError(f"optimizer.type: '{cfg.type}' is not known; known: {', '.join(sorted(OPTIMIZERS))}")
     return OPTIMIZERS[cfg.type]

@@ -37,8 +37,8 @@ def enter_world(device: str | None = None) -> World:
     Raises:
         UserError: the device does not exist here, or a launcher started several processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size != "1":
         raise UserError(f"WORLD_SIZE is {size}, but this release trains in one process: start it without a launcher")
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

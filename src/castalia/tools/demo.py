@@ -10,9 +10,9 @@ Validation files are never seen in training; the compressors get the same traini
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castalia.checkpoint import RunLock
 from castalia.config import Config, load
 from castalia.config.derive import derive
 from castalia.config.load import check_values
@@ -58,7 +59,7 @@ def run_demo(
         overrides: `key=value` settings laid over configs/demo.yml.
 
     Raises:
-        UserError: the corpus cannot be read or is too small, or the folder holds another demo's run.
+        UserError: the corpus cannot be read or is too small, or another process trains in runs/demo.
     """
     data, run_dir = folder / "data" / "demo", folder / "runs" / "demo"
     say("[1/5] corpus")
@@ -72,12 +73,16 @@ def run_demo(
     precision, steps = _affordable(config, tokenizer.vocab_size, 60 * minutes, say)
     values = config.model_dump()
     values["training"] |= {"steps": steps, "precision": precision}
-    shutil.rmtree(run_dir, ignore_errors=True)
-    run = _train(check_values(values, "castalia demo"))
+    full = check_values(values, "castalia demo")
+    room = full.max_positions - len(tokenizer.encode(prompt)) - 1
+    if room < 1:
+        raise UserError(f"--prompt is too long: the demo's model sees {full.max_positions} tokens at once")
+    _make_room(run_dir)
+    run = _train(full)
     say("[5/5] comparison on the unseen files")
     comparison = _compare(run, data, train_text, valid_text)
     (run_dir / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
-    sample = _sample(run_dir, prompt)
+    sample = _sample(run_dir, prompt, min(160, room))
     (run_dir / "samples.json").write_text(json.dumps([{"prompt": prompt, "text": sample}]) + "\n", encoding="utf-8")
     from castalia.tools.report import write_report
 
@@ -201,6 +206,18 @@ def _seconds_per_step(config: Config, vocab_size: int, precision: str, budget: f
     return sorted(times[2:])[len(times[2:]) // 2]
 
 
+def _make_room(run_dir: Path) -> None:
+    """Set an earlier run of this name aside, as NAME.1, NAME.2, ...; a run that is going on is refused.
+
+    Each demo trains for as long as the machine allows, so it never goes on from an earlier one.
+    """
+    if not run_dir.exists():
+        return
+    with RunLock(run_dir):
+        aside = next(p for n in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+        os.rename(run_dir, aside)
+
+
 def _train(config: Config) -> Path:
     from castalia.train.run import train
 
@@ -224,13 +241,11 @@ def _compare(run_dir: Path, data: Path, train_text: bytes, valid_text: bytes) ->
     return comparison
 
 
-def _sample(run_dir: Path, prompt: str) -> str:
+def _sample(run_dir: Path, prompt: str, length: int) -> str:
     from castalia.generate import generate
     from castalia.generate.load import load_run
 
     model, tokenizer = load_run(run_dir)
-    room = load([run_dir / "config.yaml"]).max_positions
-    length = min(160, room - len(tokenizer.encode(prompt)) - 1)
     return generate(model, tokenizer, [prompt], max_tokens=length, temperature=0.7, top_p=0.95, seed=1)[0].text
 
 

@@ -30,6 +30,7 @@ class RunData:
     Attributes:
         datasets: by split; a split without data is absent.
         fingerprints: of every data set read, by its prefix, in the order of the configuration.
+        train_fingerprints: of the training sets alone, in order: what a resumed run must find again.
         epochs: how many epochs each training set is laid out for; with GPT-NeoX's order, another
             number shuffles everything anew.
         token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer.
@@ -37,6 +38,7 @@ class RunData:
 
     datasets: dict[str, SampleSource]
     fingerprints: dict[str, str]
+    train_fingerprints: list[str]
     epochs: list[int]
     tokenizer: Tokenizer | None
     token_bytes: np.ndarray | None
@@ -84,13 +86,15 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
         UserError: a data set is missing, damaged, too small, or no data is named.
     """
     counts = sample_counts(config, steps)
+    data = config.data
     fingerprints: dict[str, str] = {}
     datasets: dict[str, SampleSource] = {}
-    if config.data.path is not None:
-        store = _open(config.data.path, config, fingerprints)
-        parts = split_documents(len(store), config.data.split)
+    if data.path is not None:
+        store = _open(data.path, config, fingerprints)
+        needed = tuple(split for split in SPLITS if counts[split] > 0)
+        parts = split_documents(len(store), data.split, needed)
         for split, documents in zip(SPLITS, parts, strict=True):
-            if documents[1] > documents[0] and counts[split] > 0:
+            if counts[split] > 0:
                 datasets[split] = _packed(store, documents, counts[split], config)
     else:
         for split in SPLITS:
@@ -106,7 +110,9 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     table = tokenizer.token_bytes() if tokenizer is not None else None
     train = datasets.get("train")
     laid = train.datasets if isinstance(train, BlendedDataset) else [train] if isinstance(train, PackedDataset) else []
-    return RunData(datasets, fingerprints, [p.order.num_epochs for p in laid], tokenizer, table)
+    mine = [data.path] if data.path is not None else data.train_paths or []
+    trained = [fingerprints[prefix] for prefix in mine if prefix in fingerprints]
+    return RunData(datasets, fingerprints, trained, [p.order.num_epochs for p in laid], tokenizer, table)
 
 
 def sample_counts(config: Config, steps: int) -> dict[str, int]:

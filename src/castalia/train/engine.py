@@ -87,7 +87,7 @@ class LocalEngine:
         for batch in micro_batches:
             valid = batch.num_tokens
             # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
-            scale = 1.0 / (global_tokens if by_tokens else len(micro_batches) * max(valid, 1))
+            scale = 1.0 / (max(global_tokens, 1) if by_tokens else len(micro_batches) * max(valid, 1))
             scaled, plain = self._loss(batch, scale, self._dropout(batch, step))
             scaled.backward()
             self.store.collect()
@@ -100,15 +100,12 @@ class LocalEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """See Engine."""
-        nll, means, tokens, seen = 0.0, 0.0, 0, 0
+        nll, tokens = 0.0, 0
         for batch in micro_batches:
-            seen += 1
-            total = self._loss(batch, 1.0)[1].item()
-            nll += total
-            means += total / max(batch.num_tokens, 1)
+            nll += self._loss(batch, 1.0)[1].item()
             tokens += batch.num_tokens
-        by_tokens = self.loss.normalisation == "tokens"
-        return StepStats(nll, tokens, nll / max(tokens, 1) if by_tokens else means / max(seen, 1))
+        # Per token whatever was minimised: a measure must not depend on the size of micro-batches.
+        return StepStats(nll, tokens, nll / max(tokens, 1))
 
     def _dropout(self, batch: Batch, step: int) -> DropoutKey | None:
         """Which masks a micro-batch gets; None where the model drops nothing."""

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from castalia.config import CheckpointConfig
 from castalia.errors import UserError
@@ -49,6 +49,8 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     with _signals() as caught, closing(run.loader.stream(run.step, steps)) as batches:
         if run.step == 0 and not run.resumed and 0 in cfg.checkpoint.extra_steps:
             run.save()
+        if run.resumed:
+            _evaluate_if_due(run)  # a signal or a kill may have come between saving and validating
         started, skipped = time.perf_counter(), 0
         for micro_batches in batches:
             spec = run.loader.plan.at(run.step)
@@ -73,20 +75,33 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             run.record_step(stats, lr, grad_norm, time.perf_counter() - started)
 
             # Once in a while.
-            last, stop = run.step == steps, bool(caught)
+            last = run.step == steps
             leave = cfg.training.exit_interval is not None and run.step % cfg.training.exit_interval == 0
-            if due(run.step, cfg.evaluation.interval) or (last and cfg.evaluation.at_end):
-                run.evaluate("valid")
-            for callback in callbacks:
-                callback(run)
-            if last or stop or leave or saves(run.step, cfg.checkpoint):
-                run.save(required=last or stop or leave)
-            if not last and (stop or leave):
-                why = signal.Signals(caught[0]).name if stop else f"training.exit_interval {cfg.training.exit_interval}"
+            # The state first: whoever sent a signal may not wait for a long validation.
+            saved = bool(caught) or last or leave or saves(run.step, cfg.checkpoint)
+            if saved:
+                run.save(required=bool(caught) or last or leave)
+            if not caught:
+                _evaluate_if_due(run)
+                for callback in callbacks:
+                    callback(run)
+            if caught and not saved:
+                run.save()
+            if caught or (leave and not last):
+                why = f"training.exit_interval {cfg.training.exit_interval}"
+                why = signal.Signals(caught[0]).name if caught else why
                 raise Stopped(f"stopped by {why} after step {run.step}; the same command goes on from there")
             started = time.perf_counter()
         if cfg.evaluation.test_at_end and not run.tested:
             run.evaluate("test")
+
+
+def _evaluate_if_due(run: Run) -> None:
+    """Validate after this step if the configuration says so and no earlier sitting did."""
+    cfg = run.config.evaluation
+    wanted = due(run.step, cfg.interval) or (run.step == run.steps and cfg.at_end)
+    if wanted and run.step > 0 and run.last.get("valid", {}).get("step") != run.step:
+        run.evaluate("valid")
 
 
 def due(step: int, interval: int | None) -> bool:
@@ -122,19 +137,26 @@ def _check_skips(nonfinite: str, skipped: int, step: int, loss: float, grad_norm
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying; a second one is as deadly as ever."""
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, old in before.items():
+            # None: a handler that was not installed from Python, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if old is None else old)
 
     def handler(number: int, _: object) -> None:
         caught.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        restore()
 
     try:
-        before = {n: signal.signal(n, handler) for n in numbers}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number)
+        for number in before:
+            signal.signal(number, handler)
     except ValueError:  # not in the main thread: signals are someone else's business
         yield caught
         return
     try:
         yield caught
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        restore()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from castalia.checkpoint import find_checkpoint, load_checkpoint
 from castalia.config.compare import accepted_lines, differences
 from castalia.config.load import check_values
+from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def resume(run: Run) -> bool:
         )
     load_checkpoint(found.path, run.store.tensors())
     go_on(run, state["step"], state["updates"], state["tokens"])
-    run.journal, run.seconds_before = state["journal"], state["seconds"]
+    run.journal, run.seconds_before = journal_from_json(state["journal"]), state["seconds"]
     run.imported = state.get("import")
     return True
 
@@ -66,8 +67,9 @@ def changes(run: Run, state: dict[str, Any], path: Path) -> list[str]:
     """What differs between a checkpoint's state and the run, of all that changes what is computed."""
     old = check_values(state["config"], str(path))
     lines = [f"{d.key}: {d.old} -> {d.new}" for d in differences(old, run.config) if d.kind == "numerics"]
-    if list(state["data"].values()) != list(run.data.fingerprints.values()):
-        lines.append("the data: its fingerprints differ")
+    # Only what is trained on decides; a validation set may come, go or change.
+    if state["train_data"] != run.data.train_fingerprints:
+        lines.append("the training data: its fingerprints differ")
     elif state["epochs"] != run.data.epochs:
         lines.append(
             f"the data order: laid out for {state['epochs']} epochs, now for {run.data.epochs}, which shuffles it anew"

@@ -24,7 +24,7 @@ from castalia.checkpoint import CheckpointNotSaved, RunLock, save_checkpoint
 from castalia.config import Config, load, notes
 from castalia.config.derive import derive
 from castalia.data.loader import Loader, Shard
-from castalia.data.plan import RunPlan
+from castalia.data.plan import Amendment, RunPlan, journal_to_json
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul
@@ -72,7 +72,10 @@ def train(
         Stopped: a signal ended the run early; its state is saved.
     """
     sources: list[Path] = []
-    if not isinstance(config, Config):
+    if isinstance(config, Config):
+        if overrides:
+            raise UserError(f"'{overrides[0]}': overrides go with files; a Config is changed before it is handed over")
+    else:
         sources = [Path(config)] if isinstance(config, str | Path) else [Path(p) for p in config]
         config = load(sources, overrides)
     with Run(config, sources=sources, accept=accept, quiet=quiet) as run:
@@ -105,7 +108,7 @@ class Run:
         self.directory = Path(self.config.run_dir)
         self.console = Console(self.steps, self.step_tokens, quiet=quiet)
         self.step = self.updates = self.tokens = 0
-        self.journal: list[Any] = []
+        self.journal: tuple[Amendment, ...] = ()
         self.resumed = False
         self.imported: str | None = None
         self.seconds_before, self._began = 0.0, time.monotonic()
@@ -119,6 +122,8 @@ class Run:
         with ExitStack() as opened:  # whatever goes wrong in here, the folder must not stay locked
             opened.enter_context(RunLock(self.directory))
             self.world: World = enter_world(self.config.performance.device)
+            opened.callback(torch.set_num_threads, torch.get_num_threads())
+            opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             if self.config.logging.log_dir is not None:
                 opened.enter_context(copied_output(self.config.logging.log_dir, self.world.rank))
             begun = self._assemble()
@@ -216,8 +221,9 @@ class Run:
             "tokens": self.tokens,
             "seconds": self.seconds(),
             "config": self.config.model_dump(),
-            "journal": self.journal,
+            "journal": journal_to_json(self.journal),
             "data": self.data.fingerprints,
+            "train_data": self.data.train_fingerprints,
             "epochs": self.data.epochs,
             "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
             "import": self.imported,
@@ -242,8 +248,16 @@ class Run:
         cfg = self.config
         eod = self.tokenizer.eod if self.tokenizer else None
         shard = Shard(self.world.rank, self.world.size)
-        prefetch, masked = cfg.performance.prefetch, cfg.data.mask_loss_at_eod
-        return Loader(dataset, plan, shard, cfg.micro_batch_size, prefetch, eod, masked)
+        return Loader(
+            dataset,
+            plan,
+            shard,
+            cfg.micro_batch_size,
+            cfg.performance.prefetch,
+            eod,
+            cfg.data.mask_loss_at_eod,
+            vocab_size=cfg.model.vocab_size,
+        )
 
     def _assemble(self) -> Begun | None:
         """Make everything and read the state to go on from; returns what `start` gave, if it was used."""
@@ -258,7 +272,7 @@ class Run:
         self.norms = Norms(cfg.logging)
         self.resumed = resume(self)
         begun = None if self.resumed else begin(self)
-        plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, tuple(self.journal))
+        plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, self.journal)
         self.loader = self.loader_of(self.data.datasets["train"], plan)
         dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)

@@ -27,6 +27,7 @@ from castalia.checkpoint import (
 )
 from castalia.checkpoint.layout import MANIFEST, step_of
 from castalia.config import StartConfig
+from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
 from castalia.train.resume import changes, check_version, go_on
 
@@ -132,7 +133,7 @@ def _from_castalia(run: Run, found: Checkpoint, cfg: StartConfig) -> tuple[int, 
         )
     load_checkpoint(found.path, mine)
     go_on(run, found.step, state["updates"], state["tokens"])
-    run.journal = state["journal"]
+    run.journal = journal_from_json(state["journal"])
     lines = [line for line in changes(run, state, found.path) if not line.startswith("start.")]
     return found.step, str(found.path), (f"other settings than there: {'; '.join(lines)}",) if lines else ()
 
