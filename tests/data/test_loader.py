@@ -133,3 +133,19 @@ def test_to_moves_every_tensor() -> None:
     moved = batch.to("meta")
     assert {t.device.type for t in (moved.tokens, moved.labels, moved.positions, moved.extras["reward"])} == {"meta"}
     assert moved.extras["x"] == 1 and moved.doc_ids is None
+
+
+def test_ids_beyond_the_vocabulary_are_named():
+    class Samples:
+        seq_length = 4
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return np.array([1, 2, 3, 4, 99 if i == 2 else 5])
+
+    loader = Loader(Samples(), RunPlan(4, 4, 1), Shard(), 2, vocab_size=50)
+    with pytest.raises(UserError, match=r"sample 2 .* id 99 .* 50"):
+        loader.batch(loader.plan.at(0))
+    assert len(Loader(Samples(), RunPlan(4, 4, 1), Shard(), 2, vocab_size=100).batch(loader.plan.at(0))) == 2

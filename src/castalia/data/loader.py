@@ -88,6 +88,7 @@ class Loader:
         prefetch: steps that `stream` reads ahead in a thread; 0 reads in the caller.
         eod: id that ends a document; needed with `eod_mask_loss`.
         eod_mask_loss: leave out of the loss what follows the end of a document.
+        vocab_size: ids must lie below it; None: not checked.
 
     Raises:
         UserError: a batch does not divide into micro-batches of all ranks, samples are shorter
@@ -103,9 +104,10 @@ class Loader:
         prefetch: int = 2,
         eod: int | None = None,
         eod_mask_loss: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         if eod_mask_loss and eod is None:
-            raise UserError("data.eod_mask_loss needs a tokenizer with an end-of-document token, and this one has none")
+            raise UserError("data.mask_loss_at_eod needs a tokenizer with an end-of-document token, and this one has none")
         if plan.seq_length > dataset.seq_length:
             raise UserError(
                 f"the plan's sequences of {plan.seq_length} tokens are longer than the data set's samples "
@@ -116,6 +118,7 @@ class Loader:
         self.shard = shard
         self.micro_batch_size = micro_batch_size
         self.prefetch = prefetch
+        self.vocab_size = vocab_size
         self.mask_eod = eod if eod_mask_loss else None
         self.sample_numbers(StepSpec(0, 0, plan.batch_size, plan.seq_length))  # refuse a bad division now
 
@@ -137,6 +140,13 @@ class Loader:
 
     def _micro_batch(self, numbers: np.ndarray, seq_length: int) -> Batch:
         ids = np.stack([self.dataset[int(i)][: seq_length + 1] for i in numbers])
+        if self.vocab_size is not None and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            row = int(np.argmax(((ids < 0) | (ids >= self.vocab_size)).any(1)))
+            odd = ids[row][(ids[row] < 0) | (ids[row] >= self.vocab_size)][0]
+            raise UserError(
+                f"sample {numbers[row]} of the data holds id {odd}, but model.vocab_size is {self.vocab_size}: "
+                "raise it, or name the data set that was made for this model"
+            )
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
             labels=torch.from_numpy(labels_of(ids, self.mask_eod)),
