@@ -22,9 +22,7 @@ from castalia.data.store import StoreWriter, TokenStore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000_000)
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -52,9 +50,7 @@ def main() -> None:
         for prefetch in (0, 2):
             loader = Loader(dataset, plan, Shard(), args.batch_size, prefetch=prefetch)
             start = time.perf_counter()
-            tokens = sum(
-                batch.tokens.numel() for batches in loader.stream(0, args.steps) for batch in batches
-            )
+            tokens = sum(batch.tokens.numel() for batches in loader.stream(0, args.steps) for batch in batches)
             result[f"tokens_per_second_prefetch_{prefetch}"] = tokens / (time.perf_counter() - start)
     if args.json:
         print(json.dumps(result))

@@ -29,9 +29,7 @@ from castalia.data.tokenizer import HFTokenizer, train_bpe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=5)

@@ -84,7 +84,8 @@ def test_bf16_casts_matrices_only(tmp_path: Path, make_model: Callable[..., Tran
     save(tmp_path / "run", make_model(), 5, ByteTokenizer())
     model, tokenizer = load_run(tmp_path / "run", dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.bfloat16 if parameter.dim() >= 2 else torch.float32), name
+        low = parameter.dim() >= 2 and name != "embedding.weight"  # a table that is only looked up stays fp32
+        assert parameter.dtype == (torch.bfloat16 if low else torch.float32), name
     assert len(generate(model, tokenizer, "abc", 4, 0, stop_at_eod=False)[0].tokens) == 4
 
 

@@ -89,11 +89,12 @@ def test_a_batch_without_labels_changes_nothing():
         assert torch.equal(parameter, before[name]), name
 
 
-def test_validation_without_data_is_refused(tiny_values):
-    with pytest.raises(UserError, match="split"):
-        train(with_values(tiny_values, data={"split": "100,0,0"}), quiet=True)
-    run = train(with_values(tiny_values, data={"split": "100,0,0"}, evaluation={"interval": None, "at_end": False}))
-    assert run.step == 12
+def test_validation_without_data_is_said(tiny_values, capsys):
+    train(with_values(tiny_values, data={"split": "100,0,0"}))
+    assert "nothing will be evaluated on the valid split, since data.split '100,0,0'" in capsys.readouterr().err
+    values = {**tiny_values, "output": tiny_values["output"] + "2"}
+    train(with_values(values, data={"split": "100,0,0"}, evaluation={"interval": None, "at_end": False}))
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_evaluation_may_be_switched_on_and_off(tiny_values):

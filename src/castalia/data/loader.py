@@ -107,7 +107,9 @@ class Loader:
         vocab_size: int | None = None,
     ) -> None:
         if eod_mask_loss and eod is None:
-            raise UserError("data.mask_loss_at_eod needs a tokenizer with an end-of-document token, and this one has none")
+            raise UserError(
+                "data.mask_loss_at_eod needs a tokenizer with an end-of-document token, and this one has none"
+            )
         if plan.seq_length > dataset.seq_length:
             raise UserError(
                 f"the plan's sequences of {plan.seq_length} tokens are longer than the data set's samples "

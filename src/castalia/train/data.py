@@ -91,10 +91,9 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     datasets: dict[str, SampleSource] = {}
     if data.path is not None:
         store = _open(data.path, config, fingerprints)
-        needed = tuple(split for split in SPLITS if counts[split] > 0)
-        parts = split_documents(len(store), data.split, needed)
+        parts = split_documents(len(store), data.split)
         for split, documents in zip(SPLITS, parts, strict=True):
-            if counts[split] > 0:
+            if documents[1] > documents[0] and counts[split] > 0:
                 datasets[split] = _packed(store, documents, counts[split], config)
     else:
         for split in SPLITS:
@@ -113,6 +112,21 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     mine = [data.path] if data.path is not None else data.train_paths or []
     trained = [fingerprints[prefix] for prefix in mine if prefix in fingerprints]
     return RunData(datasets, fingerprints, trained, [p.order.num_epochs for p in laid], tokenizer, table)
+
+
+def missing_splits(config: Config, data: RunData, steps: int) -> list[str]:
+    """A sentence for each split that the configuration wants evaluated and the data does not have."""
+    counts = sample_counts(config, steps)
+    where = f"data.split '{config.data.split}' leaves its part of {config.data.path} empty"
+    sentences = []
+    for split, keys in (
+        ("valid", "evaluation.interval=null evaluation.at_end=false"),
+        ("test", "evaluation.test_at_end=false"),
+    ):
+        if counts[split] > 0 and split not in data.datasets:
+            why = where if config.data.path is not None else f"data.{split}_paths is not given"
+            sentences.append(f"nothing will be evaluated on the {split} split, since {why}; mend it, or set {keys}")
+    return sentences
 
 
 def sample_counts(config: Config, steps: int) -> dict[str, int]:

@@ -33,7 +33,7 @@ from castalia.model.transformer import build_model
 from castalia.optim import make_store
 from castalia.parallel.world import World, enter_world, peak_memory
 from castalia.train.console import Console, human
-from castalia.train.data import open_data, open_tokenizer
+from castalia.train.data import missing_splits, open_data, open_tokenizer
 from castalia.train.engine import LocalEngine, StepStats
 from castalia.train.environment import environment
 from castalia.train.evaluation import evaluate
@@ -312,5 +312,7 @@ class Run:
             f"in {self.steps} steps, "
             f"{self.config.training.precision} on {self.world.device}, {human(self.peak_flops)}FLOP/s measured"
         )
+        for sentence in missing_splits(self.config, self.data, self.steps):
+            say(f"WARNING: {sentence}")
         if self.step:
             say(f"going on from step {self.step}")
