@@ -149,7 +149,7 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             before[number] = signal.getsignal(number)
         for number in before:
             signal.signal(number, handler)
