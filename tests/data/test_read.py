@@ -42,6 +42,14 @@ def test_txt_is_one_document(tmp_path: Path, packing: str) -> None:
     assert list(iter_documents(path)) == [Document(text, str(path), 0, 13)]
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_last_ending_decides(tmp_path: Path, packing: str) -> None:
+    for name, count in (("notes.jsonl.txt", 1), ("notes.txt.jsonl", 2)):
+        path = tmp_path / f"{name}{packing}"
+        path.write_bytes(PACKINGS[packing](b'"a"\n"b"\n'))
+        assert len(list(iter_documents([path]))) == count
+
+
 def test_other_shapes_of_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"body": ["a", "b"]}\r\n\n"bare"\n  \n{"body": "no newline at the end"}')

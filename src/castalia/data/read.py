@@ -80,7 +80,8 @@ def iter_documents(paths: Iterable[str | os.PathLike[str]], text_key: str = "tex
     count = 0
     files = find_files(paths)
     for path in files:
-        texts = _jsonl_texts(path, text_key) if ".jsonl" in path.suffixes[-2:] else _whole_text(path)
+        inner = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+        texts = _jsonl_texts(path, text_key) if inner.suffix == ".jsonl" else _whole_text(path)
         for number, (text, size) in enumerate(texts):
             if text:
                 yield Document(text, str(path), number, size)
