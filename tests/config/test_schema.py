@@ -26,6 +26,7 @@ from castalia.errors import UserError
         ("data: {split: '0/0'}", "data.split is '0/0'"),
         ("data: {split: 'nan,1'}", "data.split is 'nan,1'"),
         ("data: {split: 'inf,1'}", "data.split is 'inf,1'"),
+        ("data: {split: '1,1,1,9'}", "f.yml:1: data.split is '1,1,1,9': give at most three shares"),
         ("data: {split: '2,-1'}", "data.split is '2,-1'"),
         ("optimizer: {betas: [0.9, 1.0]}", "f.yml:1: optimizer.betas [0.9, 1.0] must be from 0 on and below 1"),
         ("model: {hidden_size: 10, num_attention_heads: 3}", "model.hidden_size 10 does not divide by"),

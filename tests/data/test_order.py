@@ -119,7 +119,7 @@ def test_documents_without_tokens() -> None:
         (10, "1", [(0, 10), (10, 10), (10, 10)]),
         (10, "8/2", [(0, 8), (8, 10), (10, 10)]),
         (5, "1,1,0", [(0, 3), (3, 5), (5, 5)]),  # round(2.5) = 2, corrected by one
-        (7, "1,1,1,9", [(0, 3), (3, 5), (5, 7)]),  # a fourth share is dropped before normalising
+        (7, "1,1,1", [(0, 3), (3, 5), (5, 7)]),
     ],
 )
 def test_split(number: int, split: str, expected: list[tuple[int, int]]) -> None:
@@ -139,7 +139,7 @@ def test_split_mends_the_negative_boundary() -> None:
     assert split_documents(3, "0,1,1", needed=()) == ((0, 0), (0, 1), (1, 3))
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "-1,2", "nan", "inf,1"])
+@pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "-1,2", "nan", "inf,1", "1,1,1,9", "1/1/1/0"])
 def test_split_refuses_nonsense(split: str) -> None:
     with pytest.raises(UserError, match=r"data\.split"):
         split_documents(10, split)

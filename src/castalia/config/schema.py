@@ -74,6 +74,10 @@ class DataConfig(Section):
             raise ValueError(
                 f'data.split is {self.split!r}: give shares such as "969,30,1", none negative, not all zero'
             )
+        if len(shares) > 3:
+            raise ValueError(
+                f"data.split is {self.split!r}: give at most three shares, for training, validation and test"
+            )
         return self
 
 

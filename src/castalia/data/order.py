@@ -144,13 +144,15 @@ def split_documents(
         needed: the parts ("train", "valid", "test") that must not be empty.
 
     Raises:
-        UserError: the shares cannot be read, or a needed part has no document.
+        UserError: the shares cannot be read or are more than three, or a needed part has no document.
     """
     separator = "," if "," in split else "/"
     try:
-        shares = [float(part) for part in split.split(separator)][:3]
+        shares = [float(part) for part in split.split(separator)]
     except ValueError:
         raise UserError(f'data.split is {split!r}: give shares such as "969,30,1"') from None
+    if len(shares) > 3:  # GPT-NeoX takes the first three and says nothing
+        raise UserError(f"data.split is {split!r}: give at most three shares, for training, validation and test")
     shares += [0.0] * (3 - len(shares))
     total = sum(shares)
     if not math.isfinite(total) or total <= 0 or min(shares) < 0:
