@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -96,6 +97,7 @@ def test_prepare(tmp_path: Path, corpus: Path, bpe: HFTokenizer, kind: str) -> N
             "sources": [{"name": n, "size": (corpus / n).stat().st_size} for n in ("one.txt", "two.jsonl")],
             "castalia": summary["castalia"],
             "sha256": store.fingerprint,
+            "bin_sha256": hashlib.sha256(store.bin_path.read_bytes()).hexdigest(),
         }
     )
     assert seen[-1] == Progress(len(texts), store.num_tokens, summary["bytes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -87,8 +88,37 @@ def test_round_trip(tmp_path: Path, documents: list[list[int]], dtype: str, as_a
     assert [store.get(i).tolist() for i in range(len(store))] == documents
     assert store.num_tokens == sum(map(len, documents))
     assert store.doc_idx.tolist() == list(range(len(documents) + 1))
-    assert data_fingerprint(store) == fingerprint
-    assert store.info is not None and store.info["sha256"] == fingerprint
+    assert store.info is not None and store.info["sha256"] == fingerprint == store.fingerprint
+    assert store.info["bin_sha256"] == hashlib.sha256((tmp_path / "ds.bin").read_bytes()).hexdigest()
+
+
+@SHARED_FOLDER
+@given(ids=st.lists(st.integers(0, 99), min_size=1, max_size=50), data=st.data())
+def test_one_changed_token_changes_the_fingerprint(tmp_path: Path, ids: list[int], data: st.DataObject) -> None:
+    write(tmp_path / "ds", [ids, [1]])
+    before = data_fingerprint(TokenStore(tmp_path / "ds"))
+    write(tmp_path / "ds", [ids, [1]], info={"version": 1})
+    assert data_fingerprint(TokenStore(tmp_path / "ds")) == before  # the .json has no say in it
+    ids[data.draw(st.integers(0, len(ids) - 1))] += 1
+    write(tmp_path / "ds", [ids, [1]])
+    assert data_fingerprint(TokenStore(tmp_path / "ds")) != before
+
+
+def test_the_fingerprint_of_a_large_file_samples_it_from_end_to_end(tmp_path: Path) -> None:
+    ids = np.zeros(5 << 20, "u1")
+    block, gap = 1 << 16, (ids.size - (1 << 16)) // 63  # blocks of 65,536 bytes start every 82,181
+
+    def fingerprint(*changed: int) -> str:
+        other = ids.copy()
+        other[list(changed)] = 1
+        with StoreWriter(tmp_path / "ds", "u1") as writer:
+            writer.add_document(other)
+            writer.finish()
+        return data_fingerprint(TokenStore(tmp_path / "ds"))
+
+    seen = {fingerprint(at) for at in (0, block - 1, 31 * gap + 100, ids.size - block, ids.size - 1)}
+    assert len(seen | {fingerprint()}) == 6
+    assert fingerprint(block + 100) == fingerprint()  # between two blocks: what makes it cheap
 
 
 @SHARED_FOLDER

@@ -133,7 +133,7 @@ def prepare(
         fingerprint = writer.finish(info, {".tokenizer.json": content} if content is not None else None)
         if content is None:  # a copy that an overwritten data set had is not this one's
             Path(f"{os.fspath(output_prefix)}.tokenizer.json").unlink(missing_ok=True)
-    return {**info, "sha256": fingerprint}
+    return {**info, "sha256": fingerprint, "bin_sha256": writer.bin_sha256}
 
 
 def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[_Batch]:

@@ -37,6 +37,7 @@ DTYPES: Mapping[int, np.dtype[Any]] = {
 }
 UINT16_VOCABULARY = 65500  # GPT-NeoX's threshold: vocabularies below it are stored as uint16
 _CHUNK = 1 << 20  # entries handled at once, so that a large index needs little memory
+_BLOCK, _NUM_BLOCKS = 1 << 16, 64  # bytes and number of the parts of the .bin that the fingerprint covers
 Prefix = str | os.PathLike[str]
 
 
@@ -114,8 +115,8 @@ class TokenStore:
         head = self._index[: HEADER.size].tobytes()
         if head.startswith(OLD_MAGIC):
             raise UserError(
-                f"{path} is in the old lazy/cached format (TNTIDX), which cannot be trained on: "
-                f"convert it to the mmap format with `castalia data convert`"
+                f"{path} is in the old lazy/cached format (TNTIDX), which cannot be read here: "
+                f"prepare the data again, or convert it to the mmap format with the tool that wrote it"
             )
         if not head.startswith(MAGIC[: len(head)]):
             raise UserError(f"{path} is not a token index (it does not begin with MMIDIDX): give another prefix")
@@ -223,8 +224,22 @@ class TokenStore:
 
 
 def data_fingerprint(store: TokenStore) -> str:
-    """What a checkpoint keeps to know its data again: the SHA-256 of the index."""
-    return store.fingerprint
+    """What a checkpoint keeps to know its data again: a SHA-256 over the index and a sample of the ids.
+
+    It covers the digest of the .idx, the size of the .bin, and 64 evenly spaced blocks of 64 KiB
+    of it, the first and the last among them: all ids up to 4 MiB, and 4 MiB of terabytes. It does
+    not depend on PREFIX.json, which data of other tools lacks.
+    """
+    size = store.bin_path.stat().st_size
+    digest = hashlib.sha256()
+    with open(store.bin_path, "rb") as file:
+        if size <= _BLOCK * _NUM_BLOCKS:
+            digest.update(file.read())
+        else:
+            for k in range(_NUM_BLOCKS):
+                file.seek(k * (size - _BLOCK) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return hashlib.sha256(f"{store.fingerprint} {size} {digest.hexdigest()}".encode()).hexdigest()
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
@@ -261,6 +276,7 @@ class StoreWriter:
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
         self._sizes = array("i")
         self._num_tokens = 0
+        self._bin_digest = hashlib.sha256()
         self._partials: list[Path] = []
         self._renaming = False
         self._file: BinaryIO | None = self._open_locked()
@@ -305,6 +321,11 @@ class StoreWriter:
     def num_tokens(self) -> int:
         return self._num_tokens
 
+    @property
+    def bin_sha256(self) -> str:
+        """SHA-256 of the ids written so far, in hexadecimal: of PREFIX.bin, once all are."""
+        return self._bin_digest.hexdigest()
+
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document of ids as one sequence."""
         self.add_documents([ids])
@@ -318,6 +339,7 @@ class StoreWriter:
             if part.size > 2**31 - 1:
                 raise UserError(f"a document of {part.size} tokens does not fit the format (2^31 - 1): split it up")
             self._file.write(part.data)
+            self._bin_digest.update(part.data)
             self._sizes.append(part.size)
             self._num_tokens += part.size
 
@@ -340,11 +362,12 @@ class StoreWriter:
         """Put the data set in place: everything to disk first, then renames, PREFIX.json last.
 
         Args:
-            info: content of PREFIX.json, to which the index's `sha256` is added; None: no such file.
+            info: content of PREFIX.json, to which `sha256` (of the index) and `bin_sha256` are added;
+                None: no such file.
             attachments: further files beside it, by the ending after PREFIX (`.tokenizer.json`).
 
         Returns:
-            The fingerprint: SHA-256 of the index.
+            The SHA-256 of the index.
         """
         if self._file is None:
             raise ValueError("the writer is closed")
@@ -355,7 +378,8 @@ class StoreWriter:
         for path, content in zip(targets, (attachments or {}).values(), strict=True):
             self._write_partial(path, content)
         if info is not None:
-            text = json.dumps({**info, "sha256": fingerprint}, indent=2, ensure_ascii=False) + "\n"
+            digests = {"sha256": fingerprint, "bin_sha256": self.bin_sha256}
+            text = json.dumps({**info, **digests}, indent=2, ensure_ascii=False) + "\n"
             self._write_partial(self.info_path, text.encode())
         # From here a kill leaves no index, or an index beside PREFIX.json.partial: unfinished.
         self._renaming = True
