@@ -133,7 +133,7 @@ def test_word_level_without_eod() -> None:
     }
     tokenizer = HFTokenizer(json.dumps(content).encode())
     assert tokenizer.eod is None
-    assert tokenizer.token_bytes().tolist() == [1, 2, 2, 0, 0, 1]  # ids 3 and 4 are a gap
+    assert tokenizer.vocab_size == 6 and tokenizer.token_bytes() is None  # ids 3 and 4 are a gap
     assert not tokenizer.splits_at_lines()
 
 
@@ -144,3 +144,72 @@ def test_cutting_is_allowed_only_where_it_is_safe(bpe: HFTokenizer) -> None:
     assert not changed(bpe, added_tokens=[added("a\nb", 300, False)]).splits_at_lines()
     level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     assert not changed(bpe, pre_tokenizer=level).splits_at_lines()
+
+
+def fallback(**changes: object) -> HFTokenizer:
+    """A vocabulary in SentencePiece's manner: "▁" for a space, <0x..> for what has no entry."""
+    entries = ["a", "ä", "\u2581", "\u2581a", *(f"<0x{byte:02X}>" for byte in range(256)), "</s>"]
+    content: dict[str, object] = {
+        "version": "1.0",
+        "added_tokens": [added("</s>", 260, True)],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "vocab": {entry: i for i, entry in enumerate(entries)},
+            "merges": [["\u2581", "a"]],
+            "byte_fallback": True,
+        },
+    }
+    return HFTokenizer(json.dumps({**content, **changes}).encode())
+
+
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(text=st.text().filter(lambda text: "\u2581" not in text))
+def test_bytes_with_fallback(text: str) -> None:
+    tokenizer = fallback()
+    sizes = tokenizer.token_bytes()
+    assert sizes is not None and sizes[260] == 0
+    assert int(sizes[tokenizer.encode(text)].sum()) == len(text.encode())
+
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPACE = {"type": "Split", "pattern": {"String": " "}, "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "exact"),
+    [
+        ({}, True),
+        ({"normalizer": {"type": "NFC"}}, True),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, False),
+        ({"normalizer": {"type": "NFKC"}}, False),
+        ({"normalizer": {"type": "StripAccents"}}, False),
+        ({"pre_tokenizer": {**LEVEL, "add_prefix_space": True}}, False),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, False),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, LEVEL]}}, False),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPACE, "behavior": "Isolated"}, LEVEL]}},
+            True,
+        ),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPACE, "behavior": "Removed"}, LEVEL]}},
+            False,
+        ),
+        ({"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, False),
+        ({"decoder": None}, False),
+    ],
+)
+def test_no_table_where_bytes_are_lost_or_added(bpe: HFTokenizer, changes: dict[str, object], exact: bool) -> None:
+    assert (changed(bpe, **changes).token_bytes() is not None) == exact
+
+
+def test_no_table_without_all_bytes() -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "[UNK]": 2}, "merges": [], "unk_token": "[UNK]"}
+    assert fallback(model=model, added_tokens=[]).token_bytes() is None
+    byte_level = {"normalizer": None, "pre_tokenizer": LEVEL, "decoder": LEVEL, "added_tokens": []}
+    assert fallback(model=model, **byte_level).token_bytes() is None
+    prefixed = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    assert fallback(normalizer=None, pre_tokenizer=prefixed).token_bytes() is None

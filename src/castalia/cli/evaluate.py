@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(score.as_dict()))
     else:
-        print(
-            f"{score.bits_per_byte:.4f} bits per byte, {score.loss:.4f} nats per token, "
-            f"perplexity {score.perplexity:.2f} ({score.tokens:,} tokens, {score.bytes:,} bytes)"
-        )
+        line = f"{score.loss:.4f} nats per token, perplexity {score.perplexity:.2f} ({score.tokens:,} tokens"
+        if score.bits_per_byte is None:
+            print(f"{line}; no bits per byte, since the tokenizer does not keep every byte of a text)")
+        else:
+            print(f"{score.bits_per_byte:.4f} bits per byte, {line}, {score.bytes:,} bytes)")
     return 0

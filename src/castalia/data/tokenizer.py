@@ -5,7 +5,8 @@
 
 A tokenizer never adds special tokens of its own; where documents end is the preparer's
 business. `token_bytes` makes bits per byte exact: a loss in nats, summed over tokens, can be
-divided by the bytes that those very tokens stand for.
+divided by the bytes that those very tokens stand for. Where a tokenizer loses or adds text,
+so that no such table is right, there is none.
 """
 
 from __future__ import annotations
@@ -53,8 +54,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
 
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes that each id stands for, 0 for special tokens."""
+    def token_bytes(self) -> np.ndarray | None:
+        """int32 [vocab_size]: UTF-8 bytes that each id stands for, 0 for special tokens.
+
+        None where the bytes of a text's ids need not add up to those of the text.
+        """
 
     def file_bytes(self) -> bytes | None:
         """The tokenizer's file, to keep beside the data; None where there is none."""
@@ -135,8 +139,16 @@ class HFTokenizer:
         text: str = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
-    def token_bytes(self) -> np.ndarray:
-        """Exact for byte-level vocabularies; for others each entry's own text, "▁" as a space."""
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of each id, for byte-level vocabularies and those that fall back to bytes; else None.
+
+        A table is given only where every text comes back from its ids: not with WordPiece or an
+        unknown token in use, a normaliser that changes more than NFC does, white space thrown
+        away, or a space put in front (`add_prefix_space`). With NFC, as in GPT-NeoX-20B's file,
+        the bytes are those of the normalised text.
+        """
+        if not _is_lossless(json.loads(self.tokenizer.to_str())):
+            return None
         added = self.tokenizer.get_added_tokens_decoder()
         length = _byte_level_length if self.is_byte_level() else _piece_length
         sizes = np.zeros(self.vocab_size, np.int32)
@@ -175,11 +187,49 @@ class HFTokenizer:
         )
 
 
+# Stages that keep every byte of a text. `Split` and `Punctuation` do unless told to remove.
+_KEEPING = frozenset({"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts"})
+
+
+def _is_lossless(state: dict[str, Any]) -> bool:
+    """Whether the ids of any text hold all of its bytes (NFC apart) and no others.
+
+    Args:
+        state: the content of a tokenizer.json.
+    """
+    normalizers, splitters = _flatten(state["normalizer"]), _flatten(state["pre_tokenizer"])
+    decoders, model = _flatten(state["decoder"]), state["model"]
+    if not all(stage.get("type") in _KEEPING and stage.get("behavior") != "Removed" for stage in splitters):
+        return False
+    if any(stage.get("add_prefix_space") or stage.get("prepend_scheme", "never") != "never" for stage in splitters):
+        return False
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return False
+    if any(not token["special"] and (token["lstrip"] or token["rstrip"]) for token in state["added_tokens"]):
+        return False
+    entries = model["vocab"]  # a mapping, or pairs of entry and score
+    vocabulary = set(entries if isinstance(entries, dict) else (entry for entry, _ in entries))
+    if _names_type(state["decoder"], "ByteLevel"):
+        spelled = [*normalizers, *splitters]
+        return (
+            any(stage.get("type") == "ByteLevel" for stage in spelled)
+            and all(stage.get("type") in ("NFC", "ByteLevel") for stage in normalizers)
+            and vocabulary >= _ALPHABET
+        )
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    return (
+        all(stage.get("type") == "NFC" or stage == spaces for stage in normalizers)
+        and any(stage.get("type") in ("ByteFallback", "Metaspace") for stage in decoders)
+        and bool(model.get("byte_fallback"))
+        and vocabulary >= {f"<0x{byte:02X}>" for byte in range(256)}
+    )
+
+
 def _flatten(part: Any) -> list[dict[str, Any]]:
     """The stages of a component of a tokenizer.json, sequences taken apart."""
     if not isinstance(part, dict):
         return []
-    inner = next((part[key] for key in ("pretokenizers", "decoders") if key in part), None)
+    inner = next((part[key] for key in ("pretokenizers", "normalizers", "decoders") if key in part), None)
     return [part] if inner is None else [stage for one in inner for stage in _flatten(one)]
 
 
@@ -215,7 +265,7 @@ def _load_byte(path: str | None = None) -> Tokenizer:
 
 def _load_hf(path: str | None = None) -> Tokenizer:
     if path is None:
-        raise UserError('tokenizer.type "hf" needs tokenizer.path: name a tokenizer.json or its folder')
+        raise UserError('a tokenizer of type "hf" is a file: name a tokenizer.json or its folder in tokenizer.path')
     file = Path(path)
     if file.is_dir():
         file = file / "tokenizer.json"
@@ -224,7 +274,7 @@ def _load_hf(path: str | None = None) -> Tokenizer:
     return HFTokenizer(file.read_bytes(), str(file))
 
 
-# Loaders of tokenizers by `tokenizer.type`; each takes `tokenizer.path`, which may be None.
+# Loaders of tokenizers by the `type` of their identity; each takes `tokenizer.path`, which may be None.
 TOKENIZERS: dict[str, Callable[[str | None], Tokenizer]] = {"byte": _load_byte, "hf": _load_hf}
 
 

@@ -33,18 +33,18 @@ class TextScore:
 
     Attributes:
         tokens: scored tokens.
-        bytes: UTF-8 bytes that they stand for.
+        bytes: UTF-8 bytes that they stand for; None where the tokenizer does not keep every byte.
         nll: their summed negative log-likelihood, in nats.
         loss: nats per token.
-        bits_per_byte: nll / ln 2 / bytes; comparable between tokenizers, and with compressors.
+        bits_per_byte: nll / ln 2 / bytes; comparable between tokenizers, and with compressors. None as bytes.
         perplexity: exp(loss).
     """
 
     tokens: int
-    bytes: int
+    bytes: int | None
     nll: float
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     perplexity: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ def score_store(
     if not 1 <= stride <= seq_length:
         raise UserError(f"stride {stride} must lie between 1 and seq_length {seq_length}")
     ids = _stream(store, tokenizer, max_tokens)
-    table = torch.from_numpy(tokenizer.token_bytes().astype(np.int64))
+    sizes = tokenizer.token_bytes()
+    table = None if sizes is None else torch.from_numpy(sizes.astype(np.int64))
     device = model.head_weight.device
     nll, tokens, size = 0.0, 0, 0
     training = model.training
@@ -91,13 +92,16 @@ def score_store(
                 nll += linear_cross_entropy(hidden, model.head_weight, labels.to(device))[1].item()
                 scored = labels[labels != IGNORED]
                 tokens += scored.numel()
-                size += int(table[scored].sum())
+                size += 0 if table is None else int(table[scored].sum())
     finally:
         model.train(training)
-    if size == 0:
+    if tokens == 0 or (table is not None and size == 0):
         raise UserError("the data holds no text to score")
     loss = nll / tokens
-    return TextScore(tokens, size, nll, loss, nll / math.log(2) / size, math.exp(min(loss, 700.0)))
+    perplexity = math.exp(min(loss, 700.0))
+    if table is None:
+        return TextScore(tokens, None, nll, loss, None, perplexity)
+    return TextScore(tokens, size, nll, loss, nll / math.log(2) / size, perplexity)
 
 
 def _stream(store: TokenStore, tokenizer: Tokenizer, max_tokens: int | None) -> np.ndarray:

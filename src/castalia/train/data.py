@@ -33,7 +33,7 @@ class RunData:
         train_fingerprints: of the training sets alone, in order: what a resumed run must find again.
         epochs: how many epochs each training set is laid out for; with GPT-NeoX's order, another
             number shuffles everything anew.
-        token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer.
+        token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer that keeps every byte.
     """
 
     datasets: dict[str, SampleSource]
