@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from castalia.data import order as order_module
 from castalia.data.order import (
     GPTNeoXOrder,
     blend_index,
@@ -174,6 +175,38 @@ def test_blend_stays_near_its_weights_and_within_its_requests(weights: list[floa
         count = int((which == i).sum())
         assert abs(count - number * weight / sum(weights)) <= len(weights)
         assert count <= requests[i] + len(weights)
+
+
+def slow_blend(weights: list[float], number: int) -> list[int]:
+    """The definition, one sample after the other."""
+    shares = [float(share) for share in np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))]
+    taken, which = [0] * len(shares), []
+    for n in range(number):
+        behind = [share * float(max(n, 1)) - count for share, count in zip(shares, taken, strict=True)]
+        which.append(behind.index(max(behind)))
+        taken[which[-1]] += 1
+    return which
+
+
+@QUICK
+@given(
+    weights=st.lists(st.one_of(st.floats(1e-4, 10), st.integers(0, 9)), min_size=1, max_size=9).filter(any),
+    number=st.integers(0, 4000),
+)
+def test_blend_agrees_with_a_slow_loop(weights: list[float], number: int) -> None:
+    which, sample = blend_index(weights, number)
+    assert which.tolist() == slow_blend(weights, number)
+    for i in range(len(weights)):
+        assert sample[which == i].tolist() == list(range(int((which == i).sum())))
+
+
+@pytest.mark.parametrize("run_up", [1, 16])
+def test_blend_agrees_where_guesses_do_not_help(monkeypatch: pytest.MonkeyPatch, run_up: int) -> None:
+    """Without a run-up or passes over all stretches, every wrong one is done again by itself."""
+    monkeypatch.setattr(order_module, "_PASSES", 0)
+    monkeypatch.setattr(order_module, "_RUN_UP", run_up)
+    weights = [float(10.0 ** (-5 * x)) for x in np.random.RandomState(3).rand(20)]
+    assert blend_index(weights, 3000)[0].tolist() == slow_blend(weights, 3000)
 
 
 @pytest.mark.parametrize("weights", [[], [0, 0], [-1, 2], [float("nan")]])

@@ -20,6 +20,7 @@ import numpy as np
 from castalia.errors import UserError
 
 SPLIT_NAMES = ("train", "valid", "test")
+_LANES, _RUN_UP, _PASSES = 1024, 64, 30  # of a blend: stretches side by side, steps before each, passes over all
 
 
 class Piece(NamedTuple):
@@ -191,16 +192,64 @@ def blend_index(weights: Sequence[float], num_samples: int) -> tuple[np.ndarray,
     shares = [float(share) for share in _normalised(weights)]
     if len(shares) > 255:
         raise UserError(f"a blend of {len(shares)} data sets was asked for: 255 is the most")
-    which = np.zeros(num_samples, np.uint8)
+    which = _furthest_behind(np.array(shares), num_samples)
     sample = np.zeros(num_samples, np.int64)
-    taken = [0] * len(shares)
-    for n in range(num_samples):
-        x = float(max(n, 1))
-        behind = [share * x - count for share, count in zip(shares, taken, strict=True)]
-        i = behind.index(max(behind))
-        which[n], sample[n] = i, taken[i]
-        taken[i] += 1
+    for i in range(len(shares)):
+        mine = np.flatnonzero(which == i)
+        sample[mine] = np.arange(len(mine))
     return which, sample
+
+
+def _furthest_behind(shares: np.ndarray, num_samples: int) -> np.ndarray:
+    """The choices of `blend_index`, uint8 [num_samples], many stretches of them at once.
+
+    What is chosen from n on depends on what was taken before n alone. So the range is cut into
+    stretches that numpy steps through side by side, each from a guess of what was taken by then:
+    the shares rounded, and a run-up of some steps. A stretch whose beginning is not what the one
+    before it ended with is done again from there, until none is left; then, by induction, every
+    choice is that of a loop from 0 on, whatever the guesses were worth.
+    """
+    lanes = max(1, min(_LANES, num_samples // (2 * _RUN_UP)))
+    length = -(-num_samples // lanes)
+    first = np.arange(lanes, dtype=np.int64) * length
+    before = np.maximum(first - _RUN_UP, 0)
+    ideal = shares[:, None] * before
+    begin = np.floor(ideal)
+    # What rounding down left over goes to the largest remainders; each lane must have taken n by step n.
+    rank = np.argsort(np.argsort(begin - ideal, axis=0, kind="stable"), axis=0)
+    begin += rank < before - begin.sum(axis=0)
+    _, begin = _step_through(shares, begin, before, _RUN_UP)
+    begin[:, 0] = 0
+    choices, end = _step_through(shares, begin, first, length)
+    passes = 0
+    while (wrong := 1 + np.flatnonzero((begin[:, 1:] != end[:, :-1]).any(axis=0))).size:
+        passes += 1
+        if passes > _PASSES:  # guesses do not help here: one stretch after the other, as the loop would
+            wrong = wrong[:1]
+        begin[:, wrong] = end[:, wrong - 1]
+        choices[:, wrong], end[:, wrong] = _step_through(shares, begin[:, wrong], first[wrong], length)
+    return choices.T.reshape(-1)[:num_samples].copy()
+
+
+def _step_through(
+    shares: np.ndarray, taken: np.ndarray, first: np.ndarray, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choices of each lane from its step `first` on, uint8 [steps, lanes], and what it has taken in the end.
+
+    Args:
+        shares: float64 [K].
+        taken: float64 [K, lanes], whole numbers, taken before `first`.
+        first: int64 [lanes].
+        steps: how many to go.
+    """
+    taken = taken.copy()
+    choices = np.empty((steps, len(first)), np.uint8)
+    lane, column = np.arange(len(first)), shares[:, None]
+    for s in range(steps):
+        choice = np.argmax(column * np.maximum(first + s, 1.0) - taken, axis=0)
+        choices[s] = choice
+        taken[choice, lane] += 1.0
+    return choices, taken
 
 
 def weights_by_num_documents(num_documents: Sequence[int], alpha: float) -> list[float]:
