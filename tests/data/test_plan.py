@@ -35,7 +35,7 @@ def test_at() -> None:
 
 
 def test_skip() -> None:
-    plan = RunPlan(4, 8, 10).amended(Skip(from_step=2, num_steps=3))
+    plan = RunPlan(4, 8, 10, (Skip(from_step=2, num_steps=3),))
     assert [plan.at(step).first_sample for step in range(4)] == [0, 4, 20, 24]
     assert plan.num_samples == 52
 

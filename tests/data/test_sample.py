@@ -23,13 +23,13 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore(tmp_path / "ds")
 
 
-def test_samples_are_the_ids_that_locate_names(store: TokenStore) -> None:
+def test_samples_are_the_ids_that_the_order_names(store: TokenStore) -> None:
     data = PackedDataset(store, (0, 9), 40, 8, 1234)
     assert len(data) == 42
     for i in range(len(data)):
         ids = data[i]
         assert ids.dtype == np.int64 and ids.shape == (9,)
-        assert ids.tolist() == [100 * seq + offset + k for seq, offset, n in data.locate(i) for k in range(n)]
+        assert ids.tolist() == [100 * seq + offset + k for seq, offset, n in data.order.locate(i) for k in range(n)]
     # Sample 3 served is stream sample 0 (golden shuffle_idx), the beginning of document 8.
     assert data[3].tolist() == [800, 801, 802, 803, 804, 805, 806, 807, 808]
     assert data[0].tolist() == [808, 809, 810, 811, 800, 801, 802, 803, 804]
@@ -49,9 +49,8 @@ def test_blend(store: TokenStore) -> None:
     assert len(blend) == 20
     seen = [0, 0]
     for n in range(20):
-        which, pieces = blend.locate(n)
+        which = blend.dataset_index[n]
         assert blend[n].tolist() == parts[which][seen[which]].tolist()
-        assert pieces == parts[which].locate(seen[which])
         seen[which] += 1
     assert seen == [5, 15]
     with pytest.raises(UserError, match="the blend holds 20"):

@@ -128,10 +128,6 @@ class RunPlan:
         skipped = sum(entry.num_steps for entry in self.journal if entry.from_step <= step)
         return StepSpec(step, (step + skipped) * self.batch_size, self.batch_size, self.seq_length)
 
-    def amended(self, entry: Amendment) -> RunPlan:
-        """The plan with one more amendment."""
-        return RunPlan(self.batch_size, self.seq_length, self.steps, (*self.journal, entry))
-
     @property
     def num_samples(self) -> int:
         """Samples that the data order must hold for the whole run, skipped ones included."""

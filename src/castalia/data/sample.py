@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from castalia.data.order import GPTNeoXOrder, Piece, blend_index
+from castalia.data.order import GPTNeoXOrder, blend_index
 from castalia.data.store import TokenStore
 from castalia.errors import UserError
 
@@ -62,10 +62,6 @@ class PackedDataset:
             at += length
         return out
 
-    def locate(self, i: int) -> list[Piece]:
-        """The pieces (sequence, offset, length) that the i-th sample is made of, in order."""
-        return self.order.locate(i)
-
 
 class BlendedDataset:
     """Several data sets mixed by weight, as GPT-NeoX blends them.
@@ -89,20 +85,11 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self.dataset_index)
 
-    def _find(self, i: int) -> tuple[int, int]:
-        if not 0 <= i < len(self):
-            raise UserError(f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps")
-        return int(self.dataset_index[i]), int(self.dataset_sample_index[i])
-
     def __getitem__(self, i: int) -> np.ndarray:
         """Ids of the i-th sample of the blend: int64 [L + 1]."""
-        which, sample = self._find(i)
-        return self.datasets[which][sample]
-
-    def locate(self, i: int) -> tuple[int, list[Piece]]:
-        """Number of the data set, and the pieces of the sample within it."""
-        which, sample = self._find(i)
-        return which, self.datasets[which].locate(sample)
+        if not 0 <= i < len(self):
+            raise UserError(f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps")
+        return self.datasets[self.dataset_index[i]][int(self.dataset_sample_index[i])]
 
 
 def labels_of(ids: np.ndarray, eod: int | None = None) -> np.ndarray:
