@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from castalia.train.loop import Stopped
 
     minutes = demo_minutes(args.minutes)
-    if minutes <= 0:
-        raise UserError(f"--minutes {args.minutes} must be above 0")
+    if not 0 < minutes < 60 * 24 * 365:  # also refuses nan
+        raise UserError(f"--minutes {args.minutes} must be a number above 0")
     corpus = Path(args.corpus) if args.corpus else None
     try:
         result = run_demo(Path(args.folder), corpus, minutes, print_lines, args.prompt, args.settings)
