@@ -89,7 +89,7 @@ class BlendedDataset:
         """Ids of the i-th sample of the blend: int64 [L + 1]."""
         if not 0 <= i < len(self):
             raise UserError(f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps")
-        return self.datasets[self.dataset_index[i]][int(self.dataset_sample_index[i])]
+        return self.datasets[int(self.dataset_index[i])][int(self.dataset_sample_index[i])]
 
 
 def labels_of(ids: np.ndarray, eod: int | None = None) -> np.ndarray:
