@@ -43,6 +43,11 @@ VOCABULARY = {"tiny": 2048}
 RESAMPLES = 5000
 
 
+def say(text: str) -> None:
+    """Progress, kept apart from the tables."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
 class Worker:
     """One process of peers/contenders.py and its pipe."""
 
@@ -100,8 +105,10 @@ def check_learning(name: str, losses: Sequence[float], vocabulary: int) -> None:
         sys.exit(f"{name}: the loss does not fall on one repeated batch ({losses[0]:.3f} -> {losses[-1]:.3f})")
 
 
-def measure(args: argparse.Namespace, tokens: str, precision: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """One table: start the contenders, warm them up, let them run in turns."""
+def measure(
+    args: argparse.Namespace, tokens: str, precision: str, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """One table: start the contenders, warm them up, let them run in turns; `keep` what there is after each round."""
     batch, length = map(int, tokens.split("x"))
     names: list[str] = args.contenders
     workers: list[Worker] = []
@@ -116,6 +123,16 @@ def measure(args: argparse.Namespace, tokens: str, precision: str, say: Callable
             workers.append(contenders[name])
             warm_up[name] = contenders[name].ask(do="run", steps=args.warm_up)
         rounds: list[dict[str, Any]] = []
+        measured = {
+            "shape": args.shape,
+            "batch": batch,
+            "length": length,
+            "precision": precision,
+            **machine.greeting,
+            "contenders": {name: worker.greeting for name, worker in contenders.items()},
+            "warm_up": warm_up,
+            "rounds": rounds,
+        }
         try:
             for number in range(args.rounds):
                 shift = number % len(names)
@@ -123,6 +140,7 @@ def measure(args: argparse.Namespace, tokens: str, precision: str, say: Callable
                 for name in names[shift:] + names[:shift]:
                     result[name] = contenders[name].ask(do="run", steps=args.steps)
                 rounds.append(result)
+                keep(measured)
                 say(f"round {number + 1} of {args.rounds}")
         except KeyboardInterrupt:
             if len(rounds) < 3:
@@ -132,11 +150,7 @@ def measure(args: argparse.Namespace, tokens: str, precision: str, say: Callable
         for name in names:
             losses = warm_up[name]["losses"] + [loss for r in rounds for loss in r[name]["losses"]]
             check_learning(name, losses, vocabulary)
-        greetings = {name: worker.greeting for name, worker in contenders.items()}
-        return {
-            "shape": args.shape, "batch": batch, "length": length, "precision": precision,
-            **machine.greeting, "contenders": greetings, "warm_up": warm_up, "rounds": rounds,
-        }  # fmt: skip
+        return measured
     finally:
         for worker in workers:
             worker.close()
@@ -250,17 +264,21 @@ def main() -> None:
         )
     # `timeout`, like Ctrl-C, leaves a table of the rounds so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.json:
+            part = args.json.with_name(args.json.name + ".part")
+            part.write_text(json.dumps([*results, result], indent=1) + "\n", encoding="utf-8")
+            part.replace(args.json)
+
     for precision in args.precision:
         for tokens in args.tokens:
-            result = measure(args, tokens, precision, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+            result = measure(args, tokens, precision, keep)
             summary = summarise(result)
             print(table(result, summary), end="\n\n", flush=True)
+            keep(result | {"summary": summary})
             results.append(result | {"summary": summary})
-            if args.json:  # after each table, so that a stopped run leaves what it has
-                part = args.json.with_name(args.json.name + ".part")
-                part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-                part.replace(args.json)
 
 
 if __name__ == "__main__":
