@@ -157,3 +157,35 @@ def test_verbs(work, capsys):
     assert main(["report", "nowhere"]) == 2
     assert main(["plan", "nowhere.yml"]) == 2
     assert main(["corpora", "get", "nothing", "--output", "x"]) == 2
+
+
+def test_other_peoples_files_are_not_overwritten(work, capsys):
+    (work / "mine.json").write_text('{"model": {}}')
+    for more in ([], ["--overwrite"]):
+        refused(capsys, ["prepare", "good.jsonl", "--tokenizer", "byte", "--output", "mine", *more], "mine.json")
+    assert (work / "mine.json").read_text() == '{"model": {}}'
+    refused(capsys, ["prepare", "good.jsonl", "--tokenizer", "byte", "--output", "out/"], "out/")
+
+
+def test_a_file_where_a_folder_is_needed(work, capsys):
+    refused(capsys, ["corpora", "get", "stdlib", "--output", "good.jsonl"], "good.jsonl")
+    refused(capsys, ["tokenizer", "train", "good.jsonl", "--output", "good.jsonl/x.json"], "good.jsonl")
+
+
+def test_counts_below_one(work, capsys):
+    assert main(["train", "run.yml", "--quiet"]) == 0
+    refused(capsys, ["evaluate", "run", "--data", "tokens", "--max-tokens", "-1"], "--max-tokens")
+    refused(capsys, ["evaluate", "run", "--data", "tokens", "--stride", "0"], "--stride")
+    refused(capsys, ["train", "run.yml", "training.steps=0"], "training.steps")
+    refused(capsys, ["train", "run.yml", "training.seed=5000000000"], "training.seed")
+
+
+def test_a_reader_that_has_gone_does_not_stop_a_run(work):
+    import subprocess
+    import sys
+
+    command = (
+        f"{sys.executable} -m castalia train run.yml training.steps=30 logging.interval=1 --no-report 2>&1 | head -n 3"
+    )
+    subprocess.run(command, shell=True, check=True, capture_output=True, timeout=120)
+    assert (work / "run" / "checkpoints" / "step-00000030").is_dir()

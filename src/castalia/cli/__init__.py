@@ -65,6 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output has gone, as in `castalia ... | head`
         return 1
+    except OSError as error:  # a full disk, a missing permission, a file where a folder is needed
+        if error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{where}{error.strerror}: mend that, or choose another place", 2)
+    except MemoryError as error:
+        return _fail(f"not enough memory{f' ({error})' if str(error) else ''}: ask for smaller sizes", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 

@@ -27,6 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from castalia.generate.load import load_run
     from castalia.model.kernels import choose_fp32_matmul
 
+    for flag, value in (("--max-tokens", args.max_tokens), ("--stride", args.stride)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
     choose_fp32_matmul(torch.device("cpu"))
     model, tokenizer = load_run(args.run, step=args.step)
     store = TokenStore(args.data)

@@ -11,6 +11,7 @@ the same bytes as an undisturbed run.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -93,8 +94,13 @@ def prepare(
         raise UserError(
             "the tokenizer has no end-of-document token to append: use another, or turn appending off (--no-append-eod)"
         )
-    if is_finished(output_prefix) and not overwrite:
-        raise UserError(f"{os.fspath(output_prefix)}.idx exists already: choose another output, or say --overwrite")
+    prefix = os.fspath(output_prefix)
+    if not os.path.basename(prefix):
+        raise UserError(f"the output '{prefix}' names no files: give a prefix such as {os.path.join(prefix, 'tokens')}")
+    if is_finished(prefix) and not overwrite:
+        raise UserError(f"{prefix}.idx exists already: choose another output, or say --overwrite")
+    if not _is_ours(Path(f"{prefix}.json")):
+        raise UserError(f"{prefix}.json is no data set's description and would be overwritten: choose another output")
     workers = workers or os.cpu_count() or 1
     ending = np.array([tokenizer.eod] if append_eod else [], token_dtype(tokenizer.vocab_size))
     with _signals_raise(), StoreWriter(output_prefix, ending.dtype) as writer:
@@ -134,6 +140,16 @@ def prepare(
         if content is None:  # a copy that an overwritten data set had is not this one's
             Path(f"{os.fspath(output_prefix)}.tokenizer.json").unlink(missing_ok=True)
     return {**info, "sha256": fingerprint, "bin_sha256": writer.bin_sha256}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file under the name of a data set's description is one, or is not there at all."""
+    if not path.exists():
+        return True
+    try:
+        return "documents" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        return False
 
 
 def _batches(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[_Batch]:

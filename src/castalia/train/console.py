@@ -23,8 +23,12 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        try:
             print(text, file=self.stream or sys.stderr, flush=True)
+        except BrokenPipeError:  # whoever read along has gone; the run goes on, and metrics.jsonl has it all
+            self.quiet = True
 
     def write(self, record: Record) -> None:
         """One line for a record of training or evaluation; events are said where they happen."""

@@ -135,7 +135,7 @@ def _check_skips(nonfinite: str, skipped: int, step: int, loss: float, grad_norm
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second one is as deadly as ever."""
+    """Collect SIGINT, SIGTERM and SIGHUP instead of dying; a second one is as deadly as ever."""
     caught: list[int] = []
     before: dict[int, Any] = {}
 
@@ -149,7 +149,7 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
     try:
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        for number in (int(signal.SIGINT), int(signal.SIGTERM), int(getattr(signal, "SIGHUP", signal.SIGTERM))):
             before[number] = signal.getsignal(number)
         for number in before:
             signal.signal(number, handler)
