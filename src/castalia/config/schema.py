@@ -260,7 +260,7 @@ class ModelConfig(Section):
 class TrainingConfig(Section):
     """How long, how much at once, in which precision."""
 
-    steps: int | None = setting(None, "optimizer steps; or give tokens", unit="steps", ge=1)
+    steps: int | None = setting(None, "optimizer steps; or give tokens", unit="steps", ge=0)
     tokens: int | None = setting(None, "train for this many tokens (rounded up to whole steps); or give steps", ge=1)
     batch_size: int = setting(32, "sequences per optimizer step, over all devices", unit="sequences", ge=1)
     micro_batch_size: int | None = setting(

@@ -28,6 +28,7 @@ from castalia.errors import UserError
 
 VOCAB_SIZE = 4096
 VALID_FRACTION = 0.05
+MIN_VALID_BYTES = 2_000
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ def _write_corpus(data: Path, corpus: Path | None, say: Callable[[str], None]) -
     if corpus is None:
         train, valid = split_by_file(stdlib_corpus(), VALID_FRACTION)
     else:
-        documents = [(f"{d.source}#{d.number}", d.text) for d in iter_documents([corpus])]
+        # Named relative to the corpus, so that the same texts are split alike wherever they lie.
+        documents = [(f"{os.path.relpath(d.source, corpus)}#{d.number}", d.text) for d in iter_documents([corpus])]
         train, valid = split_by_file(documents, VALID_FRACTION)
-        if len(documents) < 50 or not valid:
+        if len(documents) < 50 or sum(len(text) for _, text in valid) < MIN_VALID_BYTES:
             # Too few to leave some out: the end of each is unseen instead.
             cut = [(name, text, int(len(text) * (1 - VALID_FRACTION))) for name, text in documents]
             train = [(name, text[:at]) for name, text, at in cut]
@@ -109,7 +111,7 @@ def _write_corpus(data: Path, corpus: Path | None, say: Callable[[str], None]) -
     write_documents(data / "train.jsonl", train)
     write_documents(data / "valid.jsonl", valid)
     texts = tuple("".join(text for _, text in part).encode() for part in (train, valid))
-    if len(texts[0]) < 100_000 or len(texts[1]) < 2_000:
+    if len(texts[0]) < 100_000 or len(texts[1]) < MIN_VALID_BYTES:
         raise UserError(
             f"{corpus}: holds {len(texts[0]) + len(texts[1]):,} bytes of text; the demo needs at least 110,000"
         )

@@ -103,6 +103,8 @@ class Run:
         self.tokenizer = open_tokenizer(config)
         self.config, self.derivation = derive(config, self.tokenizer.vocab_size if self.tokenizer else None)
         self.steps = self.config.training.steps or 0
+        if self.steps == 0:
+            raise UserError("training.steps is 0: there is nothing to train; give at least 1")
         self.step_tokens = self.config.training.batch_size * self.config.data.seq_length
         self.size: ModelSize = model_size(self.config)
         self.directory = Path(self.config.run_dir)
