@@ -140,13 +140,33 @@ def test_a_damaged_index_is_refused_or_harmless(tmp_path: Path, data: st.DataObj
     else:
         content += bytes(data.draw(st.integers(1, 9)))
     path.write_bytes(content)
-    try:
-        store = TokenStore(tmp_path / "ds")
-    except UserError as error:
-        assert str(tmp_path / "ds") in str(error)
-    else:
-        assert not with_info  # the fingerprint in PREFIX.json notices any change
-        assert [store.get(i).tolist() for i in range(len(store))] == documents
+    for lazy in (False, True):
+        try:
+            store = TokenStore(tmp_path / "ds", lazy=lazy)
+            found = [store.get(i).tolist() for i in range(len(store))]
+        except UserError as error:
+            assert str(tmp_path / "ds") in str(error)
+        else:
+            assert lazy or not with_info  # the fingerprint in PREFIX.json notices any change
+            assert found == documents or (kind == "flip" and at == 17)
+        if lazy and with_info:
+            with pytest.raises(UserError):
+                TokenStore(tmp_path / "ds", lazy=True).check()
+
+
+def test_opened_lazily_only_the_ends_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "ds", [[1]] * 2000, info={"version": 1})
+    content = bytearray((tmp_path / "ds.idx").read_bytes())
+    content[34 + 4 * 1000] = 2  # the size of sequence 1000
+    (tmp_path / "ds.idx").write_bytes(content)
+    with pytest.raises(UserError, match="sizes and pointers disagree"):
+        TokenStore(tmp_path / "ds")
+    store = pickle.loads(pickle.dumps(TokenStore(tmp_path / "ds", lazy=True)))
+    assert (store.num_tokens, store.get(999).tolist(), store.get(1001).tolist()) == (2000, [1], [1])
+    for use in (lambda: store.get(1000), store.check):
+        with pytest.raises(UserError, match="sizes and pointers disagree"):
+            use()
+    assert data_fingerprint(store) == data_fingerprint(TokenStore(tmp_path / "ds", lazy=True))
 
 
 def damaged(tmp_path: Path, ending: str, content: bytes) -> str:

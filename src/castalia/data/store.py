@@ -5,7 +5,8 @@
     PREFIX.json  what the two files mean (docs/contracts.md, section 5); may be absent
 
 The format (GPT-NeoX v1.0 and v2.0, and Megatron-LM for token dtypes) has no checksum, so
-`TokenStore` checks everything that the index implies before it hands out a single id.
+`TokenStore` checks everything that the index implies before it hands out a single id; opened
+lazily, it checks the ends, and each entry when it is used, so that any corpus opens at once.
 `StoreWriter` writes under `.partial` names and brings the index into place only when the
 whole is on disk: whatever kills it, nothing is left that looks finished.
 """
@@ -18,7 +19,7 @@ import json
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -36,7 +37,7 @@ DTYPES: Mapping[int, np.dtype[Any]] = {
     code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
 }
 UINT16_VOCABULARY = 65500  # GPT-NeoX's threshold: vocabularies below it are stored as uint16
-_CHUNK = 1 << 20  # entries handled at once, so that a large index needs little memory
+_CHUNK = 1 << 17  # entries handled at once: a large index needs little memory, and a part stays in the cache
 _BLOCK, _NUM_BLOCKS = 1 << 16, 64  # bytes and number of the parts of the .bin that the fingerprint covers
 Prefix = str | os.PathLike[str]
 
@@ -71,7 +72,13 @@ def is_finished(prefix: Prefix) -> bool:
 class TokenStore:
     """Reader of PREFIX.bin / PREFIX.idx, memory-mapped; safe to share between threads.
 
+    Args:
+        prefix: path without .bin or .idx.
+        lazy: check the sizes of the files and both ends of the index now, in constant time, and every
+            other entry when it is used, instead of the whole index and its SHA-256 in PREFIX.json.
+
     Attributes:
+        lazy: as given.
         dtype: dtype of the ids.
         sizes: int32 [S], ids per sequence.
         pointers: int64 [S], byte offset of each sequence in the .bin file.
@@ -83,8 +90,9 @@ class TokenStore:
         UserError: a file is missing, truncated, of another format, or contradicts itself.
     """
 
-    def __init__(self, prefix: Prefix) -> None:
+    def __init__(self, prefix: Prefix, lazy: bool = False) -> None:
         self.prefix = os.fspath(prefix)
+        self.lazy = lazy
         self.bin_path, self.idx_path, info_path = store_files(prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
@@ -103,10 +111,12 @@ class TokenStore:
         self.sizes: np.ndarray = self._index[HEADER.size : size_end].view("<i4")
         self.pointers: np.ndarray = self._index[size_end:pointer_end].view("<i8")
         self.doc_idx: np.ndarray = self._index[pointer_end : pointer_end + 8 * num_doc_idx].view("<i8")
-        self._num_tokens = self._check_arrays()
+        self._num_tokens = self._check_ends() if lazy else self._check_arrays()
         self.tokens: np.ndarray = _map(self.bin_path, self.dtype)
         self._fingerprint: str | None = None
         self.info: dict[str, Any] | None = self._read_info(info_path) if info_path.exists() else None
+        if not lazy:
+            self._check_digest()
 
     # -- opening and checking ------------------------------------------------------------
 
@@ -142,32 +152,84 @@ class TokenStore:
             )
         return DTYPES[code], num_sequences, num_doc_idx
 
+    def check(self) -> None:
+        """Check the whole index, as opening does unless `lazy`: linear in the number of sequences.
+
+        Raises:
+            UserError: it contradicts itself, the .bin or PREFIX.json.
+        """
+        self._check_arrays()
+        self._check_digest()
+
     def _check_arrays(self) -> int:
         """Check sizes, pointers and doc_idx against each other and the .bin; return the number of ids."""
         total = 0
-        for start in range(0, self._num_sequences, _CHUNK):
-            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
-            ends = np.cumsum(sizes)
+        # Read, not mapped: the pages of a map would count as this process's memory.
+        for sizes, pointers in zip(self._parts(self.sizes), self._parts(self.pointers), strict=True):
+            ends = np.cumsum(sizes, dtype=np.int64)
             starts = (ends - sizes + total) * self.dtype.itemsize
-            if sizes.min() < 0 or not np.array_equal(starts, self.pointers[start : start + _CHUNK]):
-                raise UserError(
-                    f"{self.idx_path} is corrupt (its sizes and pointers disagree): prepare or copy it again"
-                )
+            if sizes.min() < 0 or not np.array_equal(starts, pointers):
+                raise self._corrupt("its sizes and pointers disagree")
             total += int(ends[-1])
-        expected, found = total * self.dtype.itemsize, self.bin_path.stat().st_size
+        self._check_bin(total)
+        previous = 0
+        for first, part in enumerate(self._parts(self.doc_idx)):
+            if (first == 0 and part[0] != 0) or part[0] < previous or (part[1:] < part[:-1]).any():
+                raise self._corrupt("document starts out of order")
+            previous = int(part[-1])
+        if previous > len(self):
+            raise self._corrupt("document starts out of order")
+        return total
+
+    def _parts(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """An array of the index, read in parts that are aligned in memory."""
+        start = array.ctypes.data - self._index.ctypes.data
+        with open(self.idx_path, "rb") as file:
+            file.seek(start)
+            for done in range(0, len(array), _CHUNK):
+                part = np.fromfile(file, array.dtype, min(_CHUNK, len(array) - done))
+                if len(part) < min(_CHUNK, len(array) - done):
+                    raise self._corrupt("it was cut short while it was read")
+                yield part
+
+    def _check_ends(self) -> int:
+        """What can be known of the index in constant time; return the number of ids."""
+        if not self._num_sequences:
+            self._check_bin(0)
+            return 0
+        for i in (0, self._num_sequences - 1):
+            self._check_entry(i)
+        end = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
+        self._check_bin(end // self.dtype.itemsize)
+        if len(self.doc_idx) and (self.doc_idx[0] != 0 or not 0 <= self.doc_idx[-1] <= len(self)):
+            raise self._corrupt("document starts out of order")
+        return end // self.dtype.itemsize
+
+    def _check_entry(self, i: int) -> None:
+        """Check that sequence `i` begins in its place and ends where the next one begins."""
+        start, size, itemsize = int(self.pointers[i]), int(self.sizes[i]), self.dtype.itemsize
+        # The end of the last one is held against the .bin when the store is opened.
+        next_start = int(self.pointers[i + 1]) if i + 1 < len(self) else start + size * itemsize
+        if min(start, size) < 0 or start % itemsize or (i == 0 and start) or start + size * itemsize != next_start:
+            raise self._corrupt("its sizes and pointers disagree")
+
+    def _check_bin(self, num_tokens: int) -> None:
+        expected, found = num_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
         if expected != found:
             what = "is truncated" if found < expected else "is longer than its index says"
             raise UserError(
                 f"{self.bin_path} {what}: {expected} bytes expected, {found} found; prepare or copy it again"
             )
-        previous = 0
-        for start in range(0, len(self.doc_idx), _CHUNK):
-            part = self.doc_idx[start : start + _CHUNK]
-            first = start == 0
-            if (first and part[0] != 0) or part[0] < previous or (np.diff(part) < 0).any() or part[-1] > len(self):
-                raise UserError(f"{self.idx_path} is corrupt (document starts out of order): prepare or copy it again")
-            previous = int(part[-1])
-        return total
+
+    def _check_digest(self) -> None:
+        if self.info is not None and self.info.get("sha256") not in (None, self.fingerprint):
+            raise UserError(
+                f"{self.prefix}.json does not belong to {self.idx_path} (it names another SHA-256): "
+                "prepare or copy both again"
+            )
+
+    def _corrupt(self, why: str) -> UserError:
+        return UserError(f"{self.idx_path} is corrupt ({why}): prepare or copy it again")
 
     def _read_info(self, path: Path) -> dict[str, Any]:
         try:
@@ -178,10 +240,6 @@ class TokenStore:
             raise UserError(f"{path} is not a JSON object: prepare the data set again")
         if info.get("version") != 1:
             raise UserError(f"{path} has version {info.get('version')!r}, this reads version 1: prepare it again")
-        if info.get("sha256") not in (None, self.fingerprint):
-            raise UserError(
-                f"{path} does not belong to {self.idx_path} (it names another SHA-256): prepare or copy both again"
-            )
         return info
 
     # -- reading -------------------------------------------------------------------------
@@ -189,8 +247,8 @@ class TokenStore:
     def __len__(self) -> int:
         return self._num_sequences
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[str]]:
-        return TokenStore, (self.prefix,)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[str, bool]]:
+        return TokenStore, (self.prefix, self.lazy)
 
     @property
     def num_tokens(self) -> int:
@@ -211,9 +269,12 @@ class TokenStore:
         Raises:
             IndexError: the sequence or the range does not exist (GPT-NeoX's reader would
                 silently run on into the next document).
+            UserError: opened lazily, and the index contradicts itself about this sequence.
         """
         if not 0 <= i < self._num_sequences:
             raise IndexError(f"sequence {i} of {self._num_sequences} in {self.prefix}")
+        if self.lazy:
+            self._check_entry(i)
         size = int(self.sizes[i])
         if length is None:
             length = size - offset
@@ -227,19 +288,26 @@ def data_fingerprint(store: TokenStore) -> str:
     """What a checkpoint keeps to know its data again: a SHA-256 over the index and a sample of the ids.
 
     It covers the digest of the .idx, the size of the .bin, and 64 evenly spaced blocks of 64 KiB
-    of it, the first and the last among them: all ids up to 4 MiB, and 4 MiB of terabytes. It does
-    not depend on PREFIX.json, which data of other tools lacks.
+    of it, the first and the last among them: all ids up to 4 MiB, and 4 MiB of terabytes. Of a store
+    that was opened lazily the index is sampled like the ids. It does not depend on PREFIX.json,
+    which data of other tools lacks.
     """
+    index = f"sampled {_sampled_digest(store.idx_path)}" if store.lazy else store.fingerprint
     size = store.bin_path.stat().st_size
+    return hashlib.sha256(f"{index} {size} {_sampled_digest(store.bin_path)}".encode()).hexdigest()
+
+
+def _sampled_digest(path: Path) -> str:
+    size = path.stat().st_size
     digest = hashlib.sha256()
-    with open(store.bin_path, "rb") as file:
+    with open(path, "rb") as file:
         if size <= _BLOCK * _NUM_BLOCKS:
             digest.update(file.read())
         else:
             for k in range(_NUM_BLOCKS):
                 file.seek(k * (size - _BLOCK) // (_NUM_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
-    return hashlib.sha256(f"{store.fingerprint} {size} {digest.hexdigest()}".encode()).hexdigest()
+    return digest.hexdigest()
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
