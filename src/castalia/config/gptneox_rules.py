@@ -217,24 +217,30 @@ def data_split(given: Given) -> str | None:
 
 
 def tokenizer_path(given: Given) -> str | None:
-    """A tokenizers JSON file; what other types read is refused, or reported where it is only a default."""
+    """The tokenizer in Castalia's spelling; where no file is named, the one kept beside the data."""
     kind, file = str(given["tokenizer_type"]).lower(), given["vocab_file"]
     if kind in ("hftokenizer", "hfgpt2tokenizer"):
         return None if file is None else str(file)
-    if kind == "gpt2bpetokenizer":
-        if file is not None:
-            given.remark(
-                "vocab_file: GPT2BPETokenizer's vocabulary and merges are not read; make one tokenizer.json "
-                "of them and name it as tokenizer.path, unless one is kept beside the data"
-            )
+    if kind == "charleveltokenizer":
+        return "char"
+    if kind in ("gpt2bpetokenizer", "tiktokentokenizer", "spmtokenizer") and file is None:
         return None
+    if kind == "gpt2bpetokenizer":
+        if given["merge_file"] is None:
+            given.remark("vocab_file: GPT2BPETokenizer needs merge_file too; the tokenizer beside the data is taken")
+            return None
+        return f"gpt2:{file}:{given['merge_file']}"
+    if kind == "tiktokentokenizer":
+        return f"tiktoken:{file}"
+    if kind == "spmtokenizer":
+        return f"sentencepiece:{file}"
     given.unsupported("tokenizer_type", "another kind of tokenizer", "use HFTokenizer, with a tokenizer.json")
 
 
 def merge_file(given: Given) -> None:
-    """Of no use without GPT2BPETokenizer's vocabulary."""
-    if "merge_file" in given:
-        given.remark("merge_file: a tokenizer.json holds its own merges")
+    """Of no use but to GPT2BPETokenizer."""
+    if "merge_file" in given and str(given["tokenizer_type"]).lower() != "gpt2bpetokenizer":
+        given.remark("merge_file: only GPT2BPETokenizer reads one")
 
 
 def data_paths(given: Given) -> None:
@@ -274,7 +280,7 @@ RULES: tuple[Rule, ...] = (
     Rule("training.precision", ("precision", "fp16", "bf16"), precision),
     Rule("loss.normalisation", (), lambda g: "micro_batch_mean"),
     Rule("data.split", ("split",), data_split),
-    Rule("tokenizer.path", ("vocab_file", "tokenizer_type"), tokenizer_path),
+    Rule("tokenizer.path", ("vocab_file", "tokenizer_type", "merge_file"), tokenizer_path),
     *RUN_RULES,
 )
 # What is only checked: their keys, and the check.

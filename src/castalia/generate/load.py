@@ -18,7 +18,7 @@ import torch
 
 from castalia.checkpoint import find_checkpoint, load_checkpoint
 from castalia.config import load
-from castalia.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from castalia.data.tokenizer import Tokenizer, load_kept, load_tokenizer
 from castalia.errors import UserError
 from castalia.model import Transformer
 
@@ -69,11 +69,10 @@ def load_run(
 def _tokenizer(run: Path, trained_with: dict[str, Any] | None) -> Tokenizer:
     """The tokenizer kept in the run, held against the identity that the checkpoint remembers."""
     file = run / "tokenizer.json"
-    kind = (trained_with or {}).get("type")
     if file.is_file():
         tokenizer = load_tokenizer(file)
-    elif kind in TOKENIZERS and (trained_with or {}).get("sha256") is None:
-        tokenizer = TOKENIZERS[kind](None)
+    elif trained_with is not None and (kept := load_kept(trained_with)) is not None:
+        tokenizer = kept
     else:
         raise UserError(
             f"{run} has no tokenizer.json: copy there the one that the run was trained with"
