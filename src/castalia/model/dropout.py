@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-PLACES = ("embedding", "probabilities", "attention", "mlp")
+PLACES = ("embedding", "probabilities", "attention", "mlp", "router")
 
 
 def _word(text: str) -> int:
@@ -63,20 +63,42 @@ def dropout(x: Tensor, share: float, key: DropoutKey | None, place: str, layer: 
     """
     if key is None or share == 0.0:
         return x
-    keep = _opaque_mask(key.streams, x[0].numel() // x.shape[-1], x.shape[-1], share, place, layer)
+    rows = torch.arange(x[0].numel() // x.shape[-1], device=x.device)
+    columns = torch.arange(x.shape[-1], device=x.device)
+    return drop_elements(x, share, key, place, layer, rows, columns)
+
+
+def drop_elements(
+    x: Tensor,
+    share: float,
+    key: DropoutKey,
+    place: str,
+    layer: int,
+    rows: Tensor,
+    columns: Tensor,
+    batch: slice = slice(None),
+) -> Tensor:
+    """As `dropout`, where x holds only some elements of a whole.
+
+    Args:
+        rows, columns: int64, numbers of x's rows and columns in the whole; x is `[b, ..., C]` with
+            len(rows) rows of len(columns).
+        batch: which of the key's samples x's rows of the batch are.
+    """
+    keep = _opaque_mask(key.streams[batch], rows, columns, share, place, layer)
     return torch.where(keep.view(x.shape), x * (1.0 / (1.0 - share)), 0.0)
 
 
 @torch.library.custom_op("castalia::keep_mask", mutates_args=())
-def _opaque_mask(streams: Tensor, rows: int, columns: int, share: float, place: str, layer: int) -> Tensor:
-    """`keep_mask`, closed to torch.compile: the C++ that it writes for products that wrap is undefined
+def _opaque_mask(streams: Tensor, rows: Tensor, columns: Tensor, share: float, place: str, layer: int) -> Tensor:
+    """`keep_elements`, closed to torch.compile: the C++ that it writes for products that wrap is undefined
     behaviour, from which the compiler concluded that a loop's index is small, and wrote beyond the mask."""
-    return keep_mask(streams, rows, columns, share, place, layer)
+    return keep_elements(streams, rows, columns, share, place, layer)
 
 
 @_opaque_mask.register_fake
-def _(streams: Tensor, rows: int, columns: int, share: float, place: str, layer: int) -> Tensor:
-    return streams.new_empty(streams.shape[0], rows, columns, dtype=torch.bool)
+def _(streams: Tensor, rows: Tensor, columns: Tensor, share: float, place: str, layer: int) -> Tensor:
+    return streams.new_empty(streams.shape[0], rows.shape[0], columns.shape[0], dtype=torch.bool)
 
 
 def keep_mask(
@@ -88,17 +110,45 @@ def keep_mask(
         streams: int64 `[B]`, see DropoutKey.
         first_row: number of the first row, where a caller holds only some of a sample's rows.
     """
-    start = _mix64(_mix64(streams ^ _PLACE_WORDS[place]) + layer)
     row = torch.arange(first_row, first_row + rows, device=streams.device)
-    words = _mix64(start[:, None] + row * -7046029254386353131)
+    return keep_elements(streams, row, torch.arange(columns, device=streams.device), share, place, layer)
+
+
+def keep_elements(streams: Tensor, rows: Tensor, columns: Tensor, share: float, place: str, layer: int = 0) -> Tensor:
+    """Which of the elements with these int64 row and column numbers stay: bool `[B, len(rows), len(columns)]`."""
+    return _bits(streams, rows, columns, place, layer) >= min(round(share * 2**32), 2**32 - 1) - 2**31
+
+
+def jitter(x: Tensor, width: float, key: DropoutKey | None, layer: int) -> Tensor:
+    """`x` `[B, ..., C]` times numbers uniform between 1 - width and 1 + width; `x` itself without a key or width."""
+    if key is None or width == 0.0:
+        return x
+    rows, columns = (torch.arange(n, device=x.device) for n in (x[0].numel() // x.shape[-1], x.shape[-1]))
+    return x * (1.0 + width * _symmetric(key.streams, rows, columns, "router", layer)).view(x.shape).to(x.dtype)
+
+
+@torch.library.custom_op("castalia::symmetric", mutates_args=())
+def _symmetric(streams: Tensor, rows: Tensor, columns: Tensor, place: str, layer: int) -> Tensor:
+    """fp32 numbers uniform from -1 on and below 1, `[B, len(rows), len(columns)]`; closed as `_opaque_mask` is."""
+    return _bits(streams, rows, columns, place, layer) * 2.0**-31
+
+
+@_symmetric.register_fake
+def _(streams: Tensor, rows: Tensor, columns: Tensor, place: str, layer: int) -> Tensor:
+    return streams.new_empty(streams.shape[0], rows.shape[0], columns.shape[0], dtype=torch.float32)
+
+
+def _bits(streams: Tensor, rows: Tensor, columns: Tensor, place: str, layer: int) -> Tensor:
+    """32 bits for each element, as int32 `[B, len(rows), len(columns)]`."""
+    start = _mix64(_mix64(streams ^ _PLACE_WORDS[place]) + layer)
+    words = _mix64(start[:, None] + rows * -7046029254386353131)
     # Two words, one added and one inside the mixer: rows whose first words lie close still differ.
     low, high = words.to(torch.int32).unsqueeze(-1), (words >> 32).to(torch.int32).unsqueeze(-1)
-    x = low + torch.arange(columns, device=streams.device, dtype=torch.int32) * -1640531527
+    x = low + columns.to(torch.int32) * -1640531527
     x = (x ^ _shift(x, 16)) * 0x7FEB352D
     x = x ^ high
     x = (x ^ _shift(x, 15)) * -0x7B935975
-    x = x ^ _shift(x, 16)
-    return x >= min(round(share * 2**32), 2**32 - 1) - 2**31
+    return x ^ _shift(x, 16)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -19,6 +19,7 @@ Factory = Callable[..., Any]
 
 BLOCKS: dict[str, Factory] = {}
 NORMS: dict[str, Factory] = {}
+CORES: dict[str, Factory] = {}
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
