@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for line in [*notes(config), *derivation]:
         print(f"  {line}")
+    active = size.active_parameters
+    met = f", of which a token meets {active:,}" if active < size.total_parameters else ""
     rows = [
-        ("parameters", f"{size.total_parameters:,}"),
+        ("parameters", f"{size.total_parameters:,}{met}"),
         ("without embeddings", f"{size.non_embedding_parameters:,}"),
         ("FLOPs per token", f"{size.flops_per_token:,}"),
         ("training", f"{steps:,} steps, {tokens:,} tokens, {answer['total_flops']:.3g} FLOPs"),

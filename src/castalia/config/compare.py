@@ -16,7 +16,7 @@ The kind is the field's class, but for a few fields whose effect depends on othe
   prolonged by giving schedule.decay_steps its old value. (GPT-NeoX's data order depends on
   the number of epochs, hence on steps. A caller that holds the data must compare epochs.)
 * training.micro_batch_size matters where the loss is a mean of micro-batch means over tokens
-  of which some are masked.
+  of which some are masked, and where experts are balanced over a micro-batch.
 * model.vocab_multiple, training.tokens say how a value is derived; that value counts.
 """
 
@@ -86,7 +86,9 @@ def _tokens(old: Config, new: Config) -> Kind:
 
 def _micro_batch(old: Config, new: Config) -> Kind:
     uneven = new.loss.normalisation == "micro_batch_mean" and new.data.mask_loss_at_eod
-    return "numerics" if uneven else "performance"
+    by_loss = new.loss.moe_balance > 0 and new.loss.moe_balance_scope == "micro_batch"
+    balanced = new.model.moe_num_experts > 0 and (by_loss or new.model.moe_router == "sinkhorn")
+    return "numerics" if uneven or balanced else "performance"
 
 
 def _vocab_multiple(old: Config, new: Config) -> Kind:
@@ -123,7 +125,7 @@ _KINDS: dict[str, Callable[[Config, Config], Kind]] = {
 RESUME_RULES = {
     "training.steps": "numerics, but a resumed run may change it while schedule.decay_steps stays as it was",
     "training.micro_batch_size": "performance, but numerics where loss.normalisation is micro_batch_mean "
-    "and data.mask_loss_at_eod is true",
+    "and data.mask_loss_at_eod is true, or where experts are balanced over a micro-batch",
     "model.vocab_multiple": "numerics through model.vocab_size only",
     "data.path": "where the data lies; a resumed run compares what is in it",
     "tokenizer.path": "where the tokenizer lies; a resumed run compares what is in it",

@@ -58,7 +58,7 @@ def derive(config: Config, tokenizer_vocab_size: int | None = None) -> tuple[Con
     _data(config, out)
     _model(config, out)
     _vocabulary(config, tokenizer_vocab_size, out)
-    tree = Tree(flat(config) | out.values, dict(config._origins), list(config._notes))
+    tree = Tree(flat(config) | out.values, dict(config._origins), list(config._notes), list(config._remarks))
     if "training.steps" in out.values:
         tree.values["training.tokens"] = None
     for key in out.values:
@@ -115,6 +115,8 @@ def _model(config: Config, out: _Derivation) -> None:
     how = "8/3 x model.hidden_size {}, rounded up to a multiple of 64, as the MLP is gated"
     how = how if model.gated else "4 x model.hidden_size {}"
     out.fill("model.intermediate_size", model.mlp_size, how.format(model.hidden_size))
+    if model.moe_num_experts:
+        out.fill("model.moe_intermediate_size", model.expert_size, "as model.intermediate_size")
     out.fill("model.max_position_embeddings", config.max_positions, "as data.seq_length")
 
 

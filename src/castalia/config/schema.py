@@ -15,21 +15,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-FieldClass = Literal["numerics", "performance", "cosmetic"]
-MOST_LAYERS = 1_000_000  # more is a slip of the hand
-
-
-def setting(default: Any, text: str, kind: FieldClass = "numerics", unit: str | None = None, **limits: Any) -> Any:
-    """A field with its meaning, its class and its unit; `limits` are pydantic's (gt, ge, le, ...)."""
-    return Field(default, description=text, json_schema_extra={"class": kind, "unit": unit}, **limits)
-
-
-class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, values are not coerced, nothing is mutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+from castalia.config.schema_launch import LaunchConfig
+from castalia.config.schema_model import MOST_LAYERS as MOST_LAYERS
+from castalia.config.schema_model import ModelConfig
+from castalia.config.schema_parallel import ParallelConfig
+from castalia.config.section import FieldClass as FieldClass
+from castalia.config.section import Section, setting
 
 
 class DataConfig(Section):
@@ -85,176 +78,8 @@ class TokenizerConfig(Section):
     """How text becomes ids, where the data set itself does not say."""
 
     path: str | None = setting(
-        None, "a Hugging Face tokenizer.json or its folder, or `byte`; null: the one kept beside the data"
+        None, "a tokenizer.json, its folder, or another name as in docs/tokenizers.md; null: the one kept beside the data"
     )
-
-
-class ModelConfig(Section):
-    """The function that is trained."""
-
-    block: str = setting("transformer", "the layer: a registered name or module:attribute")
-    num_layers: int = setting(6, "layers", ge=1)
-    hidden_size: int = setting(256, "width of the residual stream", ge=1)
-    num_attention_heads: int = setting(8, "query heads", ge=1)
-    num_kv_heads: int | None = setting(
-        None, "key/value heads (grouped-query attention); null: one per query head", ge=1
-    )
-    head_dim: int | None = setting(None, "size of a head; null: hidden_size / num_attention_heads", ge=1)
-    intermediate_size: int | None = setting(
-        None, "inner width of the MLP; null: 4 x hidden, or 8/3 x hidden rounded up to 64 when gated", ge=1
-    )
-    vocab_size: int | None = setting(
-        None,
-        "rows of the embedding, padding included; null: the tokenizer's, rounded up to vocab_multiple",
-        ge=1,
-    )
-    vocab_multiple: int = setting(128, "the vocabulary is padded to a multiple of this", ge=1)
-    max_position_embeddings: int | None = setting(
-        None, "longest sequence the model accepts; null: data.seq_length", ge=1
-    )
-    norm: str = setting(
-        "layernorm",
-        "layernorm, rmsnorm, rmsnorm_eps_outside (GPT-NeoX v2.0's), scalenorm, "
-        "non_parametric_layernorm, or a registered name",
-    )
-    norm_epsilon: float = setting(1e-5, "keeps the norm from dividing by zero", gt=0)
-    qk_norm: bool = setting(
-        False, "normalise queries and keys, with a gain per head and dimension, before positions enter"
-    )
-    tie_norms: bool = setting(
-        False, "parallel residual only: the MLP reads the attention's normed input, mlp_norm is left out"
-    )
-    activation: str = setting(
-        "gelu",
-        "gelu, gelu_tanh, relu, silu (or swish), mish, softsign; "
-        "gated: swiglu, geglu, reglu, bilinear, glu; or a registered name",
-    )
-    position: Literal["rotary", "learned", "sinusoidal", "rpe", "alibi", "none"] = setting(
-        "rotary", "how positions enter; rpe is T5's relative bias, shared by all layers"
-    )
-    position_offset: int = setting(
-        0, "learned only: added to positions; the table keeps max_position_embeddings rows", ge=0
-    )
-    rotary_fraction: float = setting(1.0, "share of each head that is rotated", gt=0, le=1)
-    rotary_base: float = setting(10000.0, "base of the rotary frequencies", gt=0)
-    rpe_num_buckets: int = setting(32, "rpe only: how many classes of distance have a bias of their own", ge=4)
-    rpe_max_distance: int = setting(128, "rpe only: distances from here on share the last bucket", unit="tokens", ge=2)
-    residual: Literal["parallel", "sequential"] = setting(
-        "sequential",
-        "parallel: x + attention(n1(x)) + mlp(n2(x)); sequential: the MLP sees the attention's output",
-    )
-    attention_bias: bool = setting(True, "biases on the attention's two projections")
-    mlp_bias: bool = setting(True, "biases on the MLP's projections")
-    hidden_dropout: float = setting(0.0, "share dropped of the embedding and of both branches of a layer", ge=0, lt=1)
-    attention_dropout: float = setting(0.0, "share dropped of the attention's probabilities", ge=0, lt=1)
-    tie_embeddings: bool = setting(False, "the output matrix is the embedding matrix")
-    num_unique_layers: int | None = setting(None, "layers with weights of their own; null: all of num_layers", ge=1)
-    param_sharing_style: Literal["grouped", "spaced"] = setting(
-        "grouped", "order of 2 unique layers in 4: grouped 1 2 1 2, spaced 1 1 2 2"
-    )
-    soft_prompt_tokens: int = setting(
-        0,
-        "trainable vectors in front of every sequence, all other weights frozen; 0: none",
-        unit="tokens",
-        ge=0,
-    )
-    soft_prompt_range: float = setting(0.5, "their initial values are uniform between minus and plus this", gt=0)
-    init_method: str = setting(
-        "small_init",
-        "initial weights: normal, scaled_normal, single_residual_scaled_normal, small_init, wang_init, "
-        "xavier_uniform, xavier_normal, orthogonal, scaled_orthogonal",
-    )
-    output_init_method: str = setting("wang_init", "the same for the two projections that write to the residual stream")
-    init_std: float = setting(0.02, "standard deviation for `normal` and the two `scaled_normal`", gt=0)
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, null resolved."""
-        return self.num_kv_heads or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        """Size of a head, null resolved."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP multiplies by a gate (GLU variants, Shazeer 2020): `bilinear`, and what ends in `glu`."""
-        return self.activation.endswith("glu") or self.activation == "bilinear"
-
-    @property
-    def mlp_size(self) -> int:
-        """Inner width of the MLP, null resolved."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many dimensions of a head are rotated (always even)."""
-        return int(self.head_size * self.rotary_fraction)
-
-    @property
-    def layer_order(self) -> tuple[int, ...]:
-        """For each layer that is executed, which layer of the state dict it is."""
-        unique = self.num_unique_layers or self.num_layers
-        if self.param_sharing_style == "grouped":
-            return tuple(i % unique for i in range(self.num_layers))
-        return tuple(i // (self.num_layers // unique) for i in range(self.num_layers))
-
-    @model_validator(mode="after")
-    def _heads(self) -> ModelConfig:
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"model.hidden_size {self.hidden_size} does not divide by model.num_attention_heads "
-                f"{self.num_attention_heads}: change one, or give model.head_dim"
-            )
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"model.num_attention_heads {self.num_attention_heads} does not divide by "
-                f"model.num_kv_heads {self.kv_heads}"
-            )
-        if self.position == "rotary" and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise ValueError(
-                f"model.rotary_fraction {self.rotary_fraction} of a head of {self.head_size} rotates "
-                f"{self.rotary_dim} dimensions; it must be an even number, at least 2"
-            )
-        if self.qk_norm and self.num_attention_heads != self.kv_heads:
-            raise ValueError(
-                "model.qk_norm has one gain per query head, shared by the keys: it needs as many key/value heads; "
-                "leave model.num_kv_heads out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _positions(self) -> ModelConfig:
-        rows = self.max_position_embeddings
-        if self.position_offset and self.position != "learned":
-            raise ValueError("model.position_offset is for model.position learned: set it to 0")
-        if rows is not None and self.position_offset >= rows:
-            raise ValueError(
-                f"model.position_offset {self.position_offset} is beyond the {rows} rows of "
-                "model.max_position_embeddings: raise that"
-            )
-        if self.position == "sinusoidal" and self.hidden_size % 2:
-            raise ValueError(f"model.position sinusoidal needs an even model.hidden_size, not {self.hidden_size}")
-        if self.position == "rpe" and self.rpe_max_distance <= self.rpe_num_buckets // 2:
-            raise ValueError(
-                f"model.rpe_max_distance {self.rpe_max_distance} must be above half of model.rpe_num_buckets "
-                f"{self.rpe_num_buckets}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _layers(self) -> ModelConfig:
-        if self.tie_norms and self.residual != "parallel":
-            raise ValueError("model.tie_norms needs model.residual parallel: the sequential MLP reads another input")
-        if self.num_unique_layers and self.num_layers % self.num_unique_layers:
-            raise ValueError(
-                f"model.num_layers {self.num_layers} is not a multiple of "
-                f"model.num_unique_layers {self.num_unique_layers}"
-            )
-        return self
 
 
 class TrainingConfig(Section):
@@ -328,6 +153,15 @@ class LossConfig(Section):
         "tokens: sum over the batch / its valid tokens; micro_batch_mean: mean of micro-batch means (GPT-NeoX)",
     )
     chunk_size: int = setting(512, "tokens whose logits exist at once", "performance", "tokens", ge=1)
+    z_loss: float = setting(0.0, "times the square of the log of each token's softmax sum, added to its loss", ge=0)
+    moe_balance: float = setting(0.0, "times the load-balancing loss of each layer with experts", ge=0)
+    moe_balance_scope: Literal["sequence", "micro_batch"] = setting(
+        "sequence",
+        "tokens whose use of experts is to be even: those of each sequence, or of each micro-batch "
+        "(looser; then the loss depends on training.micro_batch_size)",
+    )
+    moe_z_loss: float = setting(0.0, "times the router's mean squared log-sum-exp, of each layer with experts", ge=0)
+    mtp: float = setting(0.3, "times the mean loss of the model.mtp_depth further tokens", ge=0)
 
 
 class EvaluationConfig(Section):
@@ -449,9 +283,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saved state")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what is written")
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig, description="speed only")
+    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="who starts processes on other hosts")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="over how many processes, and how")
 
     _origins: dict[str, Any] = PrivateAttr(default_factory=dict)
     _notes: list[str] = PrivateAttr(default_factory=list)
+    _remarks: list[str] = PrivateAttr(default_factory=list)
 
     @property
     def run_dir(self) -> str:
@@ -494,6 +331,8 @@ class Config(Section):
             "vocab_size": model.vocab_size or 0,
             "num_attention_heads": (model.num_attention_heads + 2 * model.kv_heads) * model.head_size,
             "intermediate_size": model.mlp_size,
+            "moe_num_experts": model.moe_num_experts * model.expert_size,
+            "moe_shared_experts": model.moe_shared_experts * model.expert_size,
             "max_position_embeddings": self.max_positions,
             "rpe_num_buckets": model.rpe_num_buckets,
             "soft_prompt_tokens": model.soft_prompt_tokens,
@@ -506,4 +345,4 @@ class Config(Section):
                 "make it smaller"
             )
         if model.num_layers > MOST_LAYERS:
-            raise ValueError(f"model.num_layers {model.num_layers} is beyond a million: make it smaller")
+            raise ValueError(f"model.num_layers {model.num_layers} is beyond {MOST_LAYERS}: make it smaller")

@@ -23,7 +23,7 @@ import torch
 from castalia.data.store import TokenStore
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
-from castalia.model.loss import IGNORED, linear_cross_entropy
+from castalia.model.loss import IGNORED, loss_sums
 from castalia.model.transformer import Transformer
 
 
@@ -89,7 +89,7 @@ def score_store(
         with torch.no_grad():
             for inputs, labels in _windows(ids, seq_length, stride, batch_size):
                 hidden = model(inputs.to(device))
-                nll += linear_cross_entropy(hidden, model.head_weight, labels.to(device))[1].item()
+                nll += loss_sums(hidden, model.head_weight, labels.to(device), bias=model.head_bias).nll.item()
                 scored = labels[labels != IGNORED]
                 tokens += scored.numel()
                 size += 0 if table is None else int(table[scored].sum())

@@ -14,7 +14,8 @@ the whole matrix and keeps its rows.
     orthogonal, scaled_orthogonal                           Saxe et al. 2013; gain sqrt(2), sqrt(2 / L)
 
 The names are GPT-NeoX's. Rows and columns are those of the whole matrix (of qkv together, of
-gate and up apart), not of a rank's shard.
+gate and up apart, of one expert), not of a rank's shard. Stacked experts count as rows, by
+their number among all of the layer's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from castalia.config import ModelConfig
 from castalia.errors import UserError
 
 BLOCK_ELEMENTS = 1 << 20
-RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight")
+RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down.weight", "shared.down.weight")
 
 INIT_STD: dict[str, Callable[[ModelConfig], float]] = {
     "normal": lambda c: c.init_std,
@@ -50,8 +51,8 @@ def _of_std(std: Callable[[ModelConfig], float]) -> Initialiser:
 
 INITIALISERS: dict[str, Initialiser] = {
     **{method: _of_std(std) for method, std in INIT_STD.items()},
-    "xavier_normal": lambda name, out, cfg, seed: normal_rows(name, out, seed, math.sqrt(2 / sum(out.shape))),
-    "xavier_uniform": lambda name, out, cfg, seed: uniform_rows(name, out, seed, math.sqrt(6 / sum(out.shape))),
+    "xavier_normal": lambda name, out, cfg, seed: normal_rows(name, out, seed, math.sqrt(2 / sum(out.shape[-2:]))),
+    "xavier_uniform": lambda name, out, cfg, seed: uniform_rows(name, out, seed, math.sqrt(6 / sum(out.shape[-2:]))),
     "orthogonal": lambda name, out, cfg, seed: orthogonal(name, out, seed, math.sqrt(2)),
     "scaled_orthogonal": lambda name, out, cfg, seed: orthogonal(name, out, seed, math.sqrt(2 / cfg.num_layers)),
 }
@@ -110,8 +111,13 @@ def orthogonal(name: str, out: Tensor, seed: int, gain: float) -> None:
     """Fill the whole matrix with gain times orthonormal rows, or columns where these are fewer.
 
     Q of a normal matrix's QR, the signs fixed by R's diagonal, so that it is uniformly distributed;
-    computed in fp64, whose rounding is all that a machine's library can change.
+    computed in fp64, whose rounding is all that a machine's library can change. Of stacked experts,
+    each one's matrix is drawn by its own name.
     """
+    if out.ndim == 3:
+        for expert, matrix in enumerate(out):
+            orthogonal(f"{name}/{expert}", matrix, seed, gain)
+        return
     normal = torch.empty(out.shape, dtype=torch.float32)
     normal_rows(name, normal, seed, 1.0)
     tall = normal.double() if out.shape[0] >= out.shape[1] else normal.double().T

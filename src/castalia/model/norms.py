@@ -114,3 +114,9 @@ def norm_heads(norm: nn.Module, x: Tensor) -> Tensor:
     """
     y = norm(x) if isinstance(norm, _Scaled) else norm(x.flatten(-2)).view_as(x)
     return y.to(x.dtype)
+
+
+def norm_queries(norm: nn.Module, x: Tensor, per_head: bool) -> Tensor:
+    """Normalise queries or keys `[..., n, d]`, each head alone or all heads of a token together; same dtype."""
+    y: Tensor = norm(x) if per_head else norm(x.flatten(-2)).view_as(x)
+    return y.to(x.dtype)

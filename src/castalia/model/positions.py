@@ -6,6 +6,9 @@
     alibi                a bias per head, linear in the distance           Press et al. 2022
     learned              a table: nothing to compute
 
+Rotary frequencies may be lowered for longer sequences (`RopeScaling`); a kind that depends on the
+length of the sequence at hand ("dynamic") is not among them, for the reason that follows.
+
 Everything is a function of the position ids it is given, never of a tensor's length, so that
 generation with a cache computes what a whole forward pass computes.
 """
@@ -13,27 +16,86 @@ generation with a cache computes what a whole forward pass computes.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from castalia.config import ModelConfig
 from castalia.model.norms import wide
 
 
-def rotary_angles(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+class RopeScaling(NamedTuple):
+    """How rotary frequencies are lowered; see `scaled_frequencies`."""
+
+    kind: str
+    factor: float
+    length: int
+    low: float
+    high: float
+
+
+def rope_scaling(cfg: ModelConfig) -> RopeScaling | None:
+    """What the configuration says; None: the frequencies stay."""
+    if cfg.rotary_scaling == "none":
+        return None
+    return RopeScaling(
+        cfg.rotary_scaling, cfg.rotary_scaling_factor, cfg.rotary_original_length or 1, *cfg.rotary_turns
+    )
+
+
+def scaled_frequencies(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
+    """Rotary frequencies `[r/2]` lowered by up to `factor`.
+
+    linear   all of them (position interpolation, Chen et al. 2023)
+    llama3   by how many turns a frequency makes in the original length: in full below `low`, not at all
+             above `high`, in between linearly in the number of turns (Grattafiori et al. 2024)
+    yarn     the same, but in between linearly in the frequency's number, between whole numbers (Peng et al. 2023)
+    """
+    lowered = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return lowered
+    if scaling.kind == "llama3":
+        turns = scaling.length * frequencies / (2 * math.pi)
+        keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    else:
+        count = len(frequencies)
+
+        def number(turns: float) -> float:
+            """Which frequency makes so many turns."""
+            return count * math.log(scaling.length / (turns * 2 * math.pi)) / math.log(base)
+
+        first = max(math.floor(number(scaling.high)), 0)
+        last = min(math.ceil(number(scaling.low)), 2 * count - 1)
+        index = torch.arange(count, device=frequencies.device, dtype=frequencies.dtype)
+        keep = 1 - ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return lowered * (1 - keep) + frequencies * keep
+
+
+def rotary_angles(
+    positions: Tensor, rotary_dim: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, in fp32.
 
     Args:
         positions: integer positions, `[S]` or `[B, S]`.
         rotary_dim: r, even.
         base: theta; frequency j is base^(-2j/r).
+        scaling: how frequencies are lowered; YaRN's kind also makes all scores larger, by
+            (0.1 ln factor + 1)^2, which cos and sin of queries and keys share.
 
     Returns:
         cos and sin, each `positions.shape + [r/2]`.
     """
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / base**exponent)
-    return angles.cos(), angles.sin()
+    frequencies = 1.0 / base**exponent
+    if scaling is not None:
+        frequencies = scaled_frequencies(frequencies, base, scaling)
+    angles = positions.float().unsqueeze(-1) * frequencies
+    if scaling is None or scaling.kind != "yarn":
+        return angles.cos(), angles.sin()
+    size = 0.1 * math.log(scaling.factor) + 1
+    return size * angles.cos(), size * angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,9 +135,8 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2.0 ** (-8 * k / (2 * power)) for k in range(1, 2 * (heads - power), 2)]
 
 
-def alibi_bias(distance: Tensor, heads: int) -> Tensor:
-    """-slope x distance: integer `[..., S, T]` to fp32 `[..., n, S, T]`."""
-    slopes = torch.tensor(alibi_slopes(heads), device=distance.device)
+def alibi_bias(distance: Tensor, slopes: Tensor) -> Tensor:
+    """-slope x distance: integer `[..., S, T]` and fp32 `[n]` to fp32 `[..., n, S, T]`."""
     return -slopes.view(-1, 1, 1) * distance.unsqueeze(-3)
 
 

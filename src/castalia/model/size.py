@@ -24,18 +24,14 @@ LOOKED_UP = ("position_embedding.weight", "relative_bias.weight", "soft_prompt.w
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by canonical name (docs/contracts.md, section 4.1)."""
-    h, d, f = model.hidden_size, model.head_size, model.mlp_size
-    n, k = model.num_attention_heads, model.kv_heads
+    h, n = model.hidden_size, model.num_attention_heads
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, h)}
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
+        shapes.update(_linear(name, rows, columns, bias))
 
     def norm(name: str, size: int = h) -> None:
-        for kind in NORM_PARAMETERS.get(model.norm, ("weight",)):
-            shapes[f"{name}.{kind}"] = (1,) if model.norm == "scalenorm" else (size,)
+        shapes.update(_norm(model, name, size))
 
     if model.position == "learned":
         if model.max_position_embeddings is None:
@@ -45,22 +41,67 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int
         shapes["relative_bias.weight"] = (model.rpe_num_buckets, n)
     if model.soft_prompt_tokens:
         shapes["soft_prompt.weight"] = (model.soft_prompt_tokens, h)
-    for i in range(model.num_unique_layers or model.num_layers):
-        norm(f"layers.{i}.attention_norm")
-        linear(f"layers.{i}.attention.qkv", (n + 2 * k) * d, h, model.attention_bias)
-        if model.qk_norm:
-            norm(f"layers.{i}.attention.qk_norm", n * d)
-        linear(f"layers.{i}.attention.out", h, n * d, model.attention_bias)
-        if not model.tie_norms:
-            norm(f"layers.{i}.mlp_norm")
-        if model.gated:
-            linear(f"layers.{i}.mlp.gate", f, h, model.mlp_bias)
-        linear(f"layers.{i}.mlp.up", f, h, model.mlp_bias)
-        linear(f"layers.{i}.mlp.down", h, f, model.mlp_bias)
+    layers = model.num_unique_layers or model.num_layers
+    for i in range(layers):
+        shapes |= _block_shapes(model, f"layers.{i}", i)
     norm("final_norm")
     if not model.tie_embeddings:
-        shapes["head.weight"] = (vocab_size, h)
+        linear("head", vocab_size, h, model.head_bias)
+    for i in range(model.mtp_depth):
+        for part in ("hidden_norm", "embedding_norm", "norm"):
+            norm(f"mtp.{i}.{part}")
+        linear(f"mtp.{i}.join", h, 2 * h, False)
+        shapes |= _block_shapes(model, f"mtp.{i}.block", layers - 1)
     return shapes
+
+
+def _block_shapes(model: ModelConfig, prefix: str, index: int) -> dict[str, tuple[int, ...]]:
+    """Those of the layer `index`, under a prefix."""
+    h, d, f, n, k = model.hidden_size, model.head_size, model.mlp_size, model.num_attention_heads, model.kv_heads
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
+        shapes.update(_linear(f"{prefix}.{name}", rows, columns, bias))
+
+    def norm(name: str, size: int = h) -> None:
+        shapes.update(_norm(model, f"{prefix}.{name}", size))
+
+    norm("attention_norm")
+    linear("attention.qkv", (n + 2 * k) * d, h, model.attention_bias)
+    if model.qk_norm is True:
+        norm("attention.qk_norm", n * d)
+    elif model.qk_norm:
+        norm("attention.q_norm", d if model.qk_norm == "head" else n * d)
+        norm("attention.k_norm", d if model.qk_norm == "head" else k * d)
+    linear("attention.out", h, n * d, model.attention_bias and model.attention_out_bias)
+    if not model.tie_norms:
+        norm("mlp_norm")
+    parts = {"gate": (f, h), "up": (f, h), "down": (h, f)}
+    if not model.gated:
+        del parts["gate"]
+    if not model.has_experts(index):
+        for part, (rows, columns) in parts.items():
+            linear(f"mlp.{part}", rows, columns, model.mlp_bias)
+        return shapes
+    E, wide = model.moe_num_experts, model.moe_shared_experts * model.expert_size
+    linear("mlp.router", E, h, model.moe_bias_rate > 0)
+    for part in parts:
+        rows, columns = (h, model.expert_size) if part == "down" else (model.expert_size, h)
+        shapes[f"{prefix}.mlp.experts.{part}.weight"] = (E, rows, columns)
+        if wide:
+            rows, columns = (h, wide) if part == "down" else (wide, h)
+            linear(f"mlp.shared.{part}", rows, columns, False)
+    return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return shapes | {f"{name}.bias": (rows,)} if bias else shapes
+
+
+def _norm(model: ModelConfig, name: str, size: int) -> dict[str, tuple[int, ...]]:
+    shape = (1,) if model.norm == "scalenorm" else (size,)
+    return {f"{name}.{kind}": shape for kind in NORM_PARAMETERS.get(model.norm, ("weight",))}
 
 
 @dataclass(frozen=True)
@@ -69,16 +110,18 @@ class ModelSize:
 
     Attributes:
         total_parameters: every parameter, tied and shared ones once.
+        active_parameters: those that a token meets: all but the experts that are not chosen for it.
         non_embedding_parameters: without the embedding, the output matrix and what is looked up by position.
         flops_per_token: forward and backward, multiply and add counted apart: six for each
             weight of a layer as often as it is executed, plus attention over the whole square (not halved for
-            the causal mask), as PaLM's appendix B counts.
+            the causal mask), as PaLM's appendix B counts. Of experts, those that a token meets.
         weight_bytes, gradient_bytes, optimizer_bytes: fp32 weights and gradients, two fp32
             moments; of a soft prompt alone, where there is one, as all else is frozen.
         working_bytes: bf16 copies of the matrices, where precision is bf16.
     """
 
     total_parameters: int
+    active_parameters: int
     non_embedding_parameters: int
     flops_per_token: int
     weight_bytes: int
@@ -109,28 +152,41 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
         model = model.model_copy(update={"max_position_embeddings": config.max_positions})
     shapes = parameter_shapes(model, vocab)
     total = sum(map(prod, shapes.values()))
-    ends = ("embedding.weight", "head.weight", *LOOKED_UP)
+    met = {name: _met(model, name, shape) for name, shape in shapes.items()}
+    ends = ("embedding.weight", "head.weight", "head.bias", *LOOKED_UP)
     inner = total - sum(prod(shapes[name]) for name in ends if name in shapes)
-    layers = sum(prod(s) for name, s in shapes.items() if name.startswith("layers."))
+    layers = sum(count for name, count in met.items() if name.startswith("layers."))
+    active = sum(met.values())
     repeats = model.num_layers // (model.num_unique_layers or model.num_layers)
     only_read = LOOKED_UP if model.tie_embeddings else ("embedding.weight", *LOOKED_UP)
-    matrices = sum(prod(s) for name, s in shapes.items() if len(s) == 2 and name not in only_read)
-    trained = prod(shapes["soft_prompt.weight"]) if model.soft_prompt_tokens else total
+    low = [n for n, s in shapes.items() if len(s) > 1 and n not in only_read and not n.endswith("router.weight")]
+    trained = sum(prod(s) for name, s in shapes.items() if not name.endswith("router.bias"))
+    trained = prod(shapes["soft_prompt.weight"]) if model.soft_prompt_tokens else trained
     return ModelSize(
         total_parameters=total,
+        active_parameters=active,
         non_embedding_parameters=inner,
-        flops_per_token=flops_per_token(model, inner + (repeats - 1) * layers, vocab, config.data.seq_length),
+        flops_per_token=flops_per_token(
+            model, inner - total + active + (repeats - 1) * layers, vocab, config.data.seq_length
+        ),
         weight_bytes=4 * total,
         gradient_bytes=4 * trained,
         optimizer_bytes=8 * trained,
-        working_bytes=2 * matrices if config.training.precision == "bf16" else 0,
+        working_bytes=2 * sum(prod(shapes[n]) for n in low) if config.training.precision == "bf16" else 0,
     )
+
+
+def _met(model: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
+    """Numbers of a parameter that one token meets."""
+    return prod(shape) * model.moe_top_k // model.moe_num_experts if ".experts." in name else prod(shape)
 
 
 def flops_per_token(model: ModelConfig, executed: int, vocab_size: int, seq_length: int) -> int:
     """6 N + 6 V h + 12 L n d s: training FLOPs per token (Chowdhery et al. 2022, appendix B).
 
-    `executed` is N: parameters without embeddings, shared ones as often as they are used.
+    `executed` is N: parameters without embeddings, shared ones as often as they are used, of experts those
+    that are chosen. Modules that look ahead read the output matrix once more each.
     """
-    attention = 12 * model.num_layers * model.num_attention_heads * model.head_size * seq_length
-    return 6 * executed + 6 * vocab_size * model.hidden_size + attention
+    passes = 1 + model.mtp_depth
+    attention = 12 * (model.num_layers + model.mtp_depth) * model.num_attention_heads * model.head_size * seq_length
+    return 6 * executed + 6 * passes * vocab_size * model.hidden_size + attention

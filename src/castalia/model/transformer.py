@@ -9,27 +9,35 @@ the chunked loss, so that all logits never exist at once; whoever generates asks
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from castalia.config import ModelConfig
 from castalia.errors import UserError
+from castalia.model.attention import Attention
+from castalia.model.attention_mask import Documents, Masks
+from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey, dropout
 from castalia.model.initial import initialise
-from castalia.model.layers import MLP, Attention, Cache, Context
+from castalia.model.layers import MLP, Cache, Context
+from castalia.model.moe import MoE
+from castalia.model.mtp import AheadModule, shifted
 from castalia.model.norms import make_norm, wide
-from castalia.model.positions import alibi_bias, causal, relative_bias, rotary_angles, sinusoids
+from castalia.model.positions import rope_scaling, rotary_angles, sinusoids
 from castalia.model.registry import BLOCKS, look_up, register
 from castalia.model.soft_prompt import SoftPrompt, freeze_all_but_prompt
 
 
 @register(BLOCKS, "transformer")
 class Block(nn.Module):
-    """Pre-norm attention and MLP, one after the other or side by side.
+    """Attention and MLP (or experts), one after the other or side by side, with norms before or after them.
 
     sequential: a = x + attention(n1(x)); y = a + mlp(n2(a))
     parallel:   y = x + attention(n1(x)) + mlp(n2(x))        (GPT-J's and GPT-NeoX-20B's form)
     tied norms: y = x + attention(n1(x)) + mlp(n1(x))        (n2 does not exist)
+    post:       a = x + n1(attention(x)); y = a + n2(mlp(a)) (OLMo 2's form)
 
     Dropout is on both branches, their biases included.
     """
@@ -37,20 +45,29 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.parallel, self.dropout = cfg.residual == "parallel", cfg.hidden_dropout
+        self.pre = cfg.norm_placement == "pre"
         self.attention_norm = make_norm(cfg)
         self.attention = Attention(cfg)
         self.mlp_norm = None if cfg.tie_norms else make_norm(cfg)
-        self.mlp = MLP(cfg)
+        self.mlp = MoE(cfg) if cfg.has_experts(layer) else MLP(cfg)
 
     def forward(self, x: Tensor, layer: int, context: Context) -> Tensor:
         """fp32 `[B, S, h]` to fp32 `[B, S, h]`; `layer` is the number of the executed layer."""
-        normed = self.attention_norm(x)
-        attention = self._drop(self.attention(normed, layer, context), "attention", layer, context)
+        normed = self.attention_norm(x) if self.pre else x
+        attention = self.attention(normed, layer, context)
+        if not self.pre:
+            attention = self.attention_norm(attention)
+        attention = self._drop(attention, "attention", layer, context)
         if not self.parallel:
             x = x + attention
-        if self.mlp_norm is not None:
+        if not self.pre:
+            normed = x
+        elif self.mlp_norm is not None:
             normed = self.mlp_norm(x)
-        mlp = self._drop(self.mlp(normed), "mlp", layer, context)
+        mlp = self.mlp(normed, layer, context) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        if not self.pre and self.mlp_norm is not None:
+            mlp = self.mlp_norm(mlp)
+        mlp = self._drop(mlp, "mlp", layer, context)
         return x + attention + mlp if self.parallel else x + mlp
 
     def _drop(self, branch: Tensor, place: str, layer: int, context: Context) -> Tensor:
@@ -89,9 +106,12 @@ class Transformer(nn.Module):
         if cfg.soft_prompt_tokens:
             self.soft_prompt = SoftPrompt(cfg.soft_prompt_tokens, cfg.hidden_size)
         block = look_up(BLOCKS, cfg.block, "model.block")
-        self.layers = nn.ModuleList(block(cfg, i) for i in range(cfg.num_unique_layers or cfg.num_layers))
+        kinds = dict(zip(self.order, cfg.attention_kinds, strict=True))
+        self.layers = nn.ModuleList(BLOCKS.get(kinds[i], block)(cfg, i) for i in sorted(kinds))
+        self.masks = Masks(cfg)
         self.final_norm = make_norm(cfg)
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=cfg.head_bias)
+        self.mtp = nn.ModuleList(AheadModule(cfg) for _ in range(cfg.mtp_depth))
         if cfg.soft_prompt_tokens:
             freeze_all_but_prompt(self)
 
@@ -110,20 +130,38 @@ class Transformer(nn.Module):
         """Vectors of the soft prompt: places that a cache needs beside those of the tokens."""
         return self.cfg.soft_prompt_tokens
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """What is added to the logits, `[V]`."""
+        return None if self.head is None else self.head.bias
+
+    def experts_of(self, layer: int) -> MoE:
+        """The mixture of an executed layer that has one; modules that look ahead count on from the last layer."""
+        ahead = layer - len(self.order)
+        block = self.layers[self.order[layer]] if ahead < 0 else self.mtp[ahead].block
+        return cast("MoE", block.mlp)
+
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
         cache: Cache | None = None,
         dropout: DropoutKey | None = None,
+        collected: Collected | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             tokens: int64 `[B, S]`.
-            positions: int64 `[B, S]` or `[S]`; None: 0 .. S-1, after what the cache holds.
+            positions: int64 `[B, S]` or `[S]`; None: 0 .. S-1, after what the cache holds, and from 0
+                again in each document.
             cache: keys and values of earlier tokens.
             dropout: which elements are dropped; None: none, as in evaluation and generation.
+            collected: is filled with what a training step needs besides (see Collected); None: as in
+                evaluation and generation, nothing looks at other tokens than earlier ones.
+            doc_ids: integers `[B, S]`: runs of equal ids are documents, and tokens see their own alone;
+                on the CPU, where it may stay, nothing has to wait for a device. None: each row is one.
 
         Returns:
             fp32 `[B, S, h]`.
@@ -132,6 +170,9 @@ class Transformer(nn.Module):
             UserError: learned positions, and the sequence is longer than their table.
         """
         S, past = tokens.shape[1], 0 if cache is None else cache.length
+        documents = None if doc_ids is None else self._documents(doc_ids, tokens, cache)
+        if documents is not None and positions is None:
+            positions = torch.arange(S, device=tokens.device) - documents.starts
         if positions is None:
             start = max(past - self.prompt_length, 0)
             self._check_length(start + S)
@@ -142,18 +183,29 @@ class Transformer(nn.Module):
             positions = positions + self.prompt_length
             if first:
                 x, positions = self.soft_prompt(x), _count_up_to(positions, self.prompt_length)
-        context = self._context(positions, past, cache, dropout)
+        context = self._context(positions, past, cache, dropout, documents)._replace(collected=collected)
         for layer, index in enumerate(self.order):
             x = self.layers[index](x, layer, context)
         if first and cache is not None:
             cache.advance(self.prompt_length)
+        if collected is not None:
+            self._look_ahead(x, tokens, context, collected)
         hidden: Tensor = self.final_norm(x)
         return hidden[:, -S:] if first else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[..., V]` of hidden states `[..., h]`, the product in the head's dtype."""
         weight = self.head_weight
-        return wide(hidden.to(weight.dtype) @ weight.T)
+        out = wide(hidden.to(weight.dtype) @ weight.T)
+        return out if self.head is None or self.head.bias is None else out + self.head.bias
+
+    def _look_ahead(self, x: Tensor, tokens: Tensor, context: Context, collected: Collected) -> None:
+        """Run the modules of `mtp.py`; the last places, which have no such token, have no labels either."""
+        collected.ahead.clear()
+        for number, module in enumerate(self.mtp):
+            embedded = wide(self.embedding(shifted(tokens, number + 1, 0)))
+            x = module(x, embedded, len(self.order) + number, context)
+            collected.ahead.append(module.norm(x))
 
     def _embed(self, tokens: Tensor, positions: Tensor, key: DropoutKey | None) -> Tensor:
         x = wide(self.embedding(tokens))
@@ -163,31 +215,43 @@ class Transformer(nn.Module):
             x = x + sinusoids(positions, self.cfg.hidden_size)
         return dropout(x, self.cfg.hidden_dropout, key, "embedding")
 
-    def _context(self, positions: Tensor, past: int, cache: Cache | None, key: DropoutKey | None) -> Context:
-        rotary = bias = None
+    def _documents(self, doc_ids: Tensor, tokens: Tensor, cache: Cache | None) -> Documents:
+        if self.soft_prompt is not None:
+            raise UserError("model.soft_prompt_tokens: a soft prompt and documents kept apart do not go together yet")
+        if cache is not None:
+            raise ValueError("documents are kept apart in training and evaluation, not with a cache")
+        return Documents.of(doc_ids, tokens.device)
+
+    def _context(
+        self,
+        positions: Tensor,
+        past: int,
+        cache: Cache | None,
+        key: DropoutKey | None,
+        documents: Documents | None = None,
+    ) -> Context:
+        rotary, keys = None, positions
         if self.cfg.position == "rotary":
-            cos, sin = rotary_angles(positions, self.cfg.rotary_dim, self.cfg.rotary_base)
+            cos, sin = rotary_angles(positions, self.cfg.rotary_dim, self.cfg.rotary_base, rope_scaling(self.cfg))
             rotary = cos.unsqueeze(-2), sin.unsqueeze(-2)
         elif self.cfg.position in ("alibi", "rpe"):
-            bias = self._bias(positions, past, cache)
-        return Context(rotary, bias, cache, key)
+            positions = positions if positions.ndim == 2 else positions.unsqueeze(0)
+            keys = self._key_positions(positions, past, cache)
+        table = None if self.relative_bias is None else self.relative_bias.weight
+        masks = self.masks.describe(past, positions, keys, table, documents)
+        return Context(rotary, masks, documents, cache, key)
 
-    def _bias(self, positions: Tensor, past: int, cache: Cache | None) -> Tensor:
-        """What positions add to the scores, -inf at keys that come later: `[1 or B, n, S, past + S]`."""
-        keys = positions = positions if positions.ndim == 2 else positions.unsqueeze(0)
+    @staticmethod
+    def _key_positions(positions: Tensor, past: int, cache: Cache | None) -> Tensor:
+        """Positions of all keys `[1 or B, past + S]`, noted in the cache."""
+        keys = positions
         if cache is not None:
             if past and cache.positions is not None:
                 before = cache.positions[:, :past]
                 rows = max(len(before), len(positions))
                 keys = torch.cat([before.expand(rows, -1), positions.expand(rows, -1)], 1)
             cache.positions = keys
-        distance = positions.unsqueeze(-1) - keys.unsqueeze(-2)
-        cfg = self.cfg
-        if self.relative_bias is None:
-            bias = alibi_bias(distance, cfg.num_attention_heads)
-        else:
-            bias = relative_bias(distance, self.relative_bias.weight, cfg.rpe_max_distance, cfg.head_size)
-        return causal(bias, past)
+        return keys
 
     def _check_length(self, length: int) -> None:
         rows = self.cfg.max_position_embeddings

@@ -38,8 +38,16 @@ class WeightStore(Protocol):
         """Weights for a forward pass, by canonical name; differentiable where gradients are on."""
         ...
 
+    def prepare(self, first: bool, last: bool) -> None:
+        """Say that the first, or the last, micro-batch of a step comes next."""
+        ...
+
     def collect(self) -> None:
         """Add the gradients of the working weights to the accumulated ones."""
+        ...
+
+    def reduce(self) -> None:
+        """After the last micro-batch: make the accumulated gradients those of the batch over all ranks."""
         ...
 
     def gradient_norm(self) -> Tensor:
@@ -66,6 +74,10 @@ class WeightStore(Protocol):
         """Accumulated gradients by name (views or copies), for inspection."""
         ...
 
+    def gradient_buffers(self) -> list[Tensor]:
+        """The accumulated gradients in as few tensors as there are, to be summed over ranks in place."""
+        ...
+
     def set_updates(self, done: int) -> None:
         """Tell the optimizer how many updates its moments have seen (bias correction)."""
         ...
@@ -85,12 +97,16 @@ def make_store(model: nn.Module, cfg: OptimizerConfig, precision: str, arena: bo
 
 
 def low_precision_names(model: nn.Module) -> list[str]:
-    """The matrices that matrix products read: every one but embeddings that are only looked up."""
+    """The matrices that matrix products read in low precision.
+
+    Every one but embeddings that are only looked up, and the routers of experts: small, and a token whose
+    best experts lie close would change its mind by rounding.
+    """
     tied = not any(name.startswith("head.") for name, _ in model.named_parameters())
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if tied:
         tables.discard("embedding.weight")
-    return [n for n, p in model.named_parameters() if p.ndim > 1 and n not in tables]
+    return [n for n, p in model.named_parameters() if p.ndim > 1 and n not in tables and not n.endswith("router.weight")]
 
 
 @torch.no_grad()
@@ -102,12 +118,18 @@ def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
     for tensor in tensors:
-        flat = tensor.reshape(-1)
-        whole = flat.numel() // _NORM_ROW * _NORM_ROW
-        if whole:
-            total += torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1).double().square().sum()
-        total += flat[whole:].double().square().sum()
+        total += sum_of_squares(tensor)
     return total.sqrt().float()
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Of all elements: a fp64 scalar, as `l2_norm` takes it."""
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _NORM_ROW * _NORM_ROW
+    total = flat[whole:].double().square().sum()
+    if whole:
+        total += torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1).double().square().sum()
+    return total
 
 
 def _add(total: Tensor, part: Tensor) -> None:
@@ -135,6 +157,12 @@ class _Store:
         self._low_names = low_precision_names(model) if low else []
         self._refresh_frozen()
         self.optimizer: torch.optim.Optimizer
+
+    def prepare(self, first: bool, last: bool) -> None:
+        """Nothing to do: one process gathers nothing."""
+
+    def reduce(self) -> None:
+        """Nothing to do: one process has the whole gradient."""
 
     @torch.no_grad()
     def _refresh_frozen(self) -> None:
@@ -193,6 +221,10 @@ class PlainStore(_Store):
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """See WeightStore."""
+        return self._grads()
 
     def gradient_norm(self) -> Tensor:
         """See WeightStore."""
@@ -325,6 +357,10 @@ class ArenaStore(_Store):
                 flat = self.optimizer.state[segment.master][moment]
                 out |= {f"optimizer.{n}.{moment}": v for n, v in segment.views(flat)}
         return out
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """See WeightStore."""
+        return [segment.gradient for segment in self._segments]
 
     def gradients(self) -> dict[str, Tensor]:
         """See WeightStore."""

@@ -1,15 +1,16 @@
-"""One step's forward and backward on one device: micro-batches -> summed loss, gradients in the store.
+"""One step's forward and backward: micro-batches -> summed loss, gradients in the store.
 
 The engine is the only place that knows how the model is called: with the store's working
-weights, compiled or not, and with the loss at the end. A pipelined or sharded engine offers
-the same two methods, so the loop has no special cases.
+weights, compiled or not, and with the loss at the end. Other ranks are reached through the mesh
+alone, which on one process is empty. A pipeline offers the same two methods, so the loop has no
+special cases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +18,14 @@ from torch.func import functional_call
 
 from castalia.config import LossConfig
 from castalia.data.loader import Batch
+from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey
-from castalia.model.loss import linear_cross_entropy
+from castalia.model.loss import LossSums, VocabularyShard, loss_sums
+from castalia.model.moe import MoE
 from castalia.model.transformer import Transformer
 from castalia.optim import WeightStore
+from castalia.parallel.mesh import GRADIENT_AXES, Mesh, local_mesh
+from castalia.train.auxiliary import Auxiliary
 
 
 @dataclass
@@ -31,13 +36,15 @@ class StepStats:
         nll_sum: negative log-likelihood in nats, summed over valid tokens.
         tokens: valid tokens.
         loss: what was minimised: nll_sum / tokens, or the mean of micro-batch means.
-        aux: further losses by name.
+        aux: further losses and measures by name.
+        experts: tokens of each expert, by executed layer.
     """
 
     nll_sum: float
     tokens: int
     loss: float
     aux: dict[str, float] = field(default_factory=dict)
+    experts: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -51,9 +58,13 @@ class Engine(Protocol):
         """The loss of some batches, without gradients."""
         ...
 
+    def updated(self) -> None:
+        """Told after the weights were updated with the step's gradients: what follows from them moves now."""
+        ...
+
 
 class LocalEngine:
-    """One process, one device.
+    """Every layout but a pipeline: each rank runs the whole model, or its part of every layer.
 
     Args:
         model: the module whose forward is run.
@@ -61,22 +72,41 @@ class LocalEngine:
         loss: how losses are averaged and chunked.
         compiled: compile the model's forward and backward (one graph per shape).
         seed: of the dropout masks.
+        mesh: the ranks that train together; None: this one alone.
+        vocabulary: how the loss reaches the rows of the output matrix that other ranks hold.
     """
 
     def __init__(
-        self, model: Transformer, store: WeightStore, loss: LossConfig, compiled: bool = False, seed: int = 0
+        self,
+        model: Transformer,
+        store: WeightStore,
+        loss: LossConfig,
+        compiled: bool = False,
+        seed: int = 0,
+        mesh: Mesh | None = None,
+        vocabulary: VocabularyShard | None = None,
     ) -> None:
         self.model, self.store, self.loss, self.seed = model, store, loss, seed
+        self.mesh, self.vocabulary = mesh or local_mesh(), vocabulary
         self.device = model.embedding.weight.device
-        self.drops = model.cfg.hidden_dropout > 0 or model.cfg.attention_dropout > 0
+        cfg = model.cfg
+        self.drops = cfg.hidden_dropout > 0 or cfg.attention_dropout > 0 or cfg.moe_jitter > 0
+        self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0
+        self._experts: dict[int, Tensor] = {}
 
         def hidden(
-            weights: dict[str, Tensor], tokens: Tensor, positions: Tensor | None, dropout: DropoutKey | None
-        ) -> Tensor:
-            out: Tensor = functional_call(model, weights, (tokens, positions, None, dropout))
-            return out
+            weights: dict[str, Tensor],
+            tokens: Tensor,
+            positions: Tensor | None,
+            dropout: DropoutKey | None,
+            collects: bool,
+        ) -> tuple[Tensor, Collected]:
+            collected = Collected()
+            given = (tokens, positions, None, dropout, collected if collects else None)
+            out: Tensor = functional_call(model, weights, given)
+            return out, collected
 
-        self._hidden: Callable[..., Tensor] = torch.compile(hidden, dynamic=False) if compiled else hidden
+        self._hidden: Callable[..., Any] = torch.compile(hidden, dynamic=False) if compiled else hidden
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
         """See Engine. `global_tokens` are the valid labels of the whole batch over all ranks."""
@@ -84,26 +114,48 @@ class LocalEngine:
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         means = torch.zeros_like(nll)
         tokens = 0
-        for batch in micro_batches:
+        all_micro_batches = len(micro_batches) * self.mesh.layout.data
+        auxiliary = Auxiliary(self.loss, self.model.cfg)
+        all_rows = sum(len(batch.tokens) for batch in micro_batches) * self.mesh.layout.data
+        for number, batch in enumerate(micro_batches):
+            self.store.prepare(number == 0, number == len(micro_batches) - 1)
             valid = batch.num_tokens
             # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
-            scale = 1.0 / (max(global_tokens, 1) if by_tokens else len(micro_batches) * max(valid, 1))
-            scaled, plain = self._loss(batch, scale, self._dropout(batch, step))
-            scaled.backward()
+            scale = 1.0 / (max(global_tokens, 1) if by_tokens else all_micro_batches * max(valid, 1))
+            sums, collected, head = self._loss(batch, scale, self._dropout(batch, step), self.collects)
+            labels = batch.labels.to(self.device)
+            doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(self.device)
+            auxiliary.add(sums, collected, labels, len(labels) / all_rows, head, doc_ids).backward()
             self.store.collect()
-            nll += plain
-            means += plain / max(valid, 1)
+            nll += sums.nll
+            means += sums.nll / max(valid, 1)
             tokens += valid
-        loss = nll / max(tokens, 1) if by_tokens else means / len(micro_batches)
-        return StepStats(nll_sum=nll.item(), tokens=tokens, loss=loss.item())
+        self.store.reduce()
+        nll_sum, mean_sum, count = self.mesh.sum([nll.item(), means.item(), tokens], *GRADIENT_AXES)
+        loss = nll_sum / max(count, 1) if by_tokens else mean_sum / all_micro_batches
+        auxiliary.reduce(lambda values: self.mesh.sum(values, *GRADIENT_AXES))
+        self._experts = auxiliary.experts
+        return StepStats(nll_sum, int(count), loss, auxiliary.aux(int(count)), auxiliary.experts)
+
+    def updated(self) -> None:
+        """See Engine: the routers' biases move by the use of experts in the step's batch."""
+        layers: dict[MoE, Tensor] = {}
+        for layer, counts in self._experts.items():
+            moe = self.model.experts_of(layer)
+            # A layer that is executed several times has one router.
+            layers[moe] = layers.get(moe, 0) + torch.tensor(counts, device=self.device)
+        for moe, counts in layers.items():
+            moe.router.rebalance(counts)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """See Engine."""
         nll, tokens = 0.0, 0
         for batch in micro_batches:
-            nll += self._loss(batch, 1.0)[1].item()
+            nll += self._loss(batch, 1.0)[0].nll.item()
             tokens += batch.num_tokens
+        nll, count = self.mesh.sum([nll, tokens], *GRADIENT_AXES)
+        tokens = int(count)
         # Per token whatever was minimised: a measure must not depend on the size of micro-batches.
         return StepStats(nll, tokens, nll / max(tokens, 1))
 
@@ -115,11 +167,28 @@ class LocalEngine:
             raise ValueError("dropout depends on the numbers of the samples, and this batch does not carry them")
         return DropoutKey(self.seed, step, batch.sample_ids.to(self.device))
 
-    def _loss(self, batch: Batch, scale: float, dropout: DropoutKey | None = None) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, batch: Batch, scale: float, dropout: DropoutKey | None = None, collects: bool = False
+    ) -> tuple[LossSums, Collected, Callable[[Tensor, Tensor], LossSums]]:
+        """The losses of a micro-batch, what its forward pass collected, and what made losses of hidden states."""
         weights = self.store.working()
         # Positions are the default 0 .. S-1 unless documents are kept apart.
         positions = None if batch.doc_ids is None else batch.positions.to(self.device)
-        hidden = self._hidden(weights, batch.tokens.to(self.device), positions, dropout)
-        head = weights[self.model.head_name]
-        labels = batch.labels.to(self.device)
-        return linear_cross_entropy(hidden, head, labels, scale=scale, chunk_size=self.loss.chunk_size)
+        hidden, collected = self._hidden(weights, batch.tokens.to(self.device), positions, dropout, collects)
+        cfg, model = self.loss, self.model
+        matrix = weights[model.head_name] if weights else model.head_weight
+        bias = weights.get("head.bias") if weights else model.head_bias
+
+        def head(hidden: Tensor, labels: Tensor) -> LossSums:
+            return loss_sums(
+                hidden,
+                matrix,
+                labels,
+                bias=bias,
+                scale=scale,
+                z_loss=cfg.z_loss,
+                chunk_size=cfg.chunk_size,
+                shard=self.vocabulary,
+            )
+
+        return head(hidden, batch.labels.to(self.device)), collected, head

@@ -65,10 +65,11 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             if math.isfinite(stats.loss) and math.isfinite(grad_norm):
                 clipped = clip > 0 and grad_norm > clip
                 run.store.step(lr, divisor=(norm + 1e-6) / clip if clipped else None)
+                run.engine.updated()
                 run.updates, skipped = run.updates + 1, 0
             else:
                 skipped += 1
-                _check_skips(cfg.training.nonfinite, skipped, spec.step + 1, stats.loss, grad_norm)
+                _check_skips(run, skipped, spec.step + 1, stats.loss, grad_norm)
                 run.store.discard()
             run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
@@ -121,16 +122,17 @@ def saves(step: int, cfg: CheckpointConfig) -> bool:
     return step > 0 and int(factor**power) == step
 
 
-def _check_skips(nonfinite: str, skipped: int, step: int, loss: float, grad_norm: float) -> None:
+def _check_skips(run: Run, skipped: int, step: int, loss: float, grad_norm: float) -> None:
     """Raise Diverged where a step without finite numbers is not to be skipped."""
     what = f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite"
-    if nonfinite == "stop":
+    saved = f"the newest checkpoint is {run.saved}" if run.saved else "no checkpoint was written yet"
+    if run.config.training.nonfinite == "stop":
         raise Diverged(
-            f"{what}; the newest checkpoint is from before: lower optimizer.lr, look at the data of this step, "
+            f"{what}; {saved}: lower optimizer.lr, look at the data of this step, "
             "or leave such steps out with training.nonfinite=skip"
         )
     if skipped >= SKIPS_AT_MOST:
-        raise Diverged(f"{what}, as in the {skipped - 1} steps before: lower optimizer.lr, or look at the data")
+        raise Diverged(f"{what}, as in the {skipped - 1} steps before; {saved}: lower optimizer.lr, or look at the data")
 
 
 @contextmanager

@@ -21,28 +21,27 @@ import torch
 
 import castalia
 from castalia.checkpoint import CheckpointNotSaved, RunLock, save_checkpoint
-from castalia.config import Config, load, notes
-from castalia.config.derive import derive
+from castalia.config import Config, load, notes, remarks
 from castalia.data.loader import Loader, Shard
 from castalia.data.plan import Amendment, RunPlan, journal_to_json
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul
-from castalia.model.size import ModelSize, model_size
+from castalia.model.soft_prompt import prompt_from_tokens
 from castalia.model.transformer import build_model
 from castalia.optim import make_store
-from castalia.parallel.world import World, enter_world, peak_memory
+from castalia.parallel.world import peak_memory
 from castalia.train.console import Console, human
-from castalia.train.data import missing_splits, open_data, open_tokenizer
 from castalia.train.engine import LocalEngine, StepStats
 from castalia.train.environment import environment
 from castalia.train.evaluation import evaluate
-from castalia.train.folder import make_folder, write_files
+from castalia.train.folder import made_folder, write_files
 from castalia.train.loop import Callback, Stopped, train_loop
 from castalia.train.machine import measure_matmul_flops
 from castalia.train.metrics import Metrics, MetricsFile, Record
 from castalia.train.norms import Norms
 from castalia.train.output import copied_output
+from castalia.train.preflight import prepare_run
 from castalia.train.resume import STATE_VERSION, resume
 from castalia.train.sinks import make_sinks
 from castalia.train.start import Begun, begin
@@ -54,6 +53,8 @@ def train(
     callbacks: Sequence[Callback] = (),
     accept: bool = False,
     quiet: bool = False,
+    verbose: bool = False,
+    sources: Sequence[str | Path] = (),
 ) -> Run:
     """Train a run to its end, going on from its newest whole checkpoint if it has one.
 
@@ -63,6 +64,8 @@ def train(
         callbacks: called with the run after every step.
         accept: go on although a numerics setting differs from the checkpoint's.
         quiet: no console lines.
+        verbose: also say how each value that was left open follows from the others.
+        sources: the files that a `Config` was loaded from, for the run's folder.
 
     Returns:
         The finished run.
@@ -71,14 +74,14 @@ def train(
         UserError: bad settings or data.
         Stopped: a signal ended the run early; its state is saved.
     """
-    sources: list[Path] = []
+    files = [Path(source) for source in sources]
     if isinstance(config, Config):
         if overrides:
             raise UserError(f"'{overrides[0]}': overrides go with files; a Config is changed before it is handed over")
     else:
-        sources = [Path(config)] if isinstance(config, str | Path) else [Path(p) for p in config]
-        config = load(sources, overrides)
-    with Run(config, sources=sources, accept=accept, quiet=quiet) as run:
+        files = [Path(config)] if isinstance(config, str | Path) else [Path(p) for p in config]
+        config = load(files, overrides)
+    with Run(config, sources=files, accept=accept, quiet=quiet, verbose=verbose) as run:
         run.train(callbacks)
     return run
 
@@ -97,16 +100,20 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, *, sources: Sequence[Path] = (), accept: bool = False, quiet: bool = False
+        self,
+        config: Config,
+        *,
+        sources: Sequence[Path] = (),
+        accept: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
     ) -> None:
-        self.accept, self._sources = accept, sources
-        self.tokenizer = open_tokenizer(config)
-        self.config, self.derivation = derive(config, self.tokenizer.vocab_size if self.tokenizer else None)
+        self.accept, self.verbose, self._sources = accept, verbose, sources
+        ready = prepare_run(config)
+        self.config, self.derivation, self.warnings = ready.config, ready.derivation, ready.warnings
+        self.tokenizer, self.data, self.world, self.size = ready.tokenizer, ready.data, ready.world, ready.size
         self.steps = self.config.training.steps or 0
-        if self.steps == 0:
-            raise UserError("training.steps is 0: there is nothing to train; give at least 1")
         self.step_tokens = self.config.training.batch_size * self.config.data.seq_length
-        self.size: ModelSize = model_size(self.config)
         self.directory = Path(self.config.run_dir)
         self.console = Console(self.steps, self.step_tokens, quiet=quiet)
         self.step = self.updates = self.tokens = 0
@@ -116,14 +123,11 @@ class Run:
         self.seconds_before, self._began = 0.0, time.monotonic()
         self._since: list[float] = []
         self.last: dict[str, Record] = {}
-        if self.config.evaluation.characters and self.tokenizer is None:
-            raise UserError("evaluation.characters: there is no tokenizer to count with: name it in tokenizer.path")
 
     def __enter__(self) -> Run:
-        make_folder(self.directory)
         with ExitStack() as opened:  # whatever goes wrong in here, the folder must not stay locked
+            opened.enter_context(made_folder(self.directory))
             opened.enter_context(RunLock(self.directory))
-            self.world: World = enter_world(self.config.performance.device)
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             if self.config.logging.log_dir is not None:
@@ -176,6 +180,8 @@ class Run:
             peak_memory=peak_memory(self.world.device),
             **stats.aux,
         )
+        if stats.experts:
+            self.metrics.write("experts", self.step, tokens={str(i): n for i, n in stats.experts.items()})
         if self.norms.wanted:
             self.metrics.write("norms", self.step, **self.norms.after_update(self.store))
 
@@ -187,6 +193,11 @@ class Run:
     def tested(self) -> bool:
         """Whether the test set was evaluated after the last step, in this sitting or an earlier one."""
         return self.last.get("test", {}).get("step") == self.steps
+
+    @property
+    def saved(self) -> str | None:
+        """The newest checkpoint's name; None if there is none."""
+        return max((path.name for path in self.checkpoints.glob("step-*")), default=None)
 
     def save(self, required: bool = True) -> None:
         """Write a checkpoint of this step.
@@ -267,13 +278,16 @@ class Run:
         if cfg.performance.threads:
             torch.set_num_threads(cfg.performance.threads)
         self.matmul = choose_fp32_matmul(self.world.device)
-        self.data = open_data(cfg, self.steps, self.tokenizer)
         self.model = build_model(cfg.model, cfg.training.seed, self.world.device)
         self.store = make_store(self.model, cfg.optimizer, cfg.training.precision, cfg.performance.arena)
         self.engine = LocalEngine(self.model, self.store, cfg.loss, cfg.performance.compile, cfg.training.seed)
         self.norms = Norms(cfg.logging)
         self.resumed = resume(self)
         begun = None if self.resumed else begin(self)
+        if cfg.model.soft_prompt_text is not None and not self.resumed and not (begun and begun.prompt):
+            assert self.tokenizer is not None, "prepare_run has asked for one"
+            prompt_from_tokens(self.model, self.tokenizer.encode(cfg.model.soft_prompt_text))
+            self.store.refresh()
         plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, self.journal)
         self.loader = self.loader_of(self.data.datasets["train"], plan)
         dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
@@ -304,17 +318,27 @@ class Run:
         return step % self.config.logging.interval == 0 or step == self.steps
 
     def _announce(self) -> None:
-        say, size = self.console.say, self.size
-        for line in [*notes(self.config), *self.derivation]:
+        say, size, cfg = self.console.say, self.size, self.config
+        lines = [*notes(cfg), *self.derivation] if self.verbose else remarks(cfg)
+        for line in lines:
             say(f"  {line}")
+        unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
+        if unsaid:
+            say(f"  {unsaid} settings were translated or follow from others: --verbose or `castalia config check` says how")
+        unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
-            f"{self.config.name}: {human(size.total_parameters)} parameters "
+            f"{cfg.name}: {human(size.total_parameters)} parameters "
             f"({human(size.non_embedding_parameters)} without embeddings), "
-            f"{human(self.steps * self.config.training.batch_size * self.config.data.seq_length)} tokens "
-            f"in {self.steps} steps, "
-            f"{self.config.training.precision} on {self.world.device}, {human(self.peak_flops)}FLOP/s measured"
+            f"{human(self.steps * self.step_tokens)} tokens in {self.steps} steps, "
+            f"{cfg.training.precision} on {self.world.device}"
         )
-        for sentence in missing_splits(self.config, self.data, self.steps):
+        say(f"MFU is the share of this machine's rate of matrix products, {human(self.peak_flops, ' ')}FLOP/s {unit}")
+        for sentence in self.warnings:
             say(f"WARNING: {sentence}")
-        if self.step:
+        if self.step >= self.steps:
+            say(
+                f"finished already, at step {self.step} of {self.steps}: to go on, raise training.steps with "
+                f"schedule.decay_steps={cfg.schedule.decay_steps} (the learning rate as it was), or take another name"
+            )
+        elif self.step:
             say(f"going on from step {self.step}")
