@@ -21,6 +21,7 @@ VERBS = {
     "corpora": "list and get corpora",
     "tokenizer": "train or inspect a tokenizer",
     "prepare": "text -> token data set",
+    "data": "view, find, check, count, merge and convert token data sets",
     "train": "configuration -> trained run",
     "generate": "run -> text",
     "evaluate": "run -> bits per byte on a data set",

@@ -50,17 +50,13 @@ def load_exclusions(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         if word == "prefix" and rest.strip():
             mine = ranges.setdefault(rest.strip(), [])
             continue
-        first, dash, last = text.partition("-")
-        numeral = all(
-            part.strip().isascii() and part.strip().isdigit() for part in ((first, last) if dash else (first,))
-        )
-        low, high = (int(first), int(last if dash else first)) if numeral and len(text) < 40 else (1, 0)
-        if high < low or high >= 2**62:
+        pair = parse_range(text)
+        if pair is None:
             raise UserError(f"{path}, line {number}: '{text[:60]}' is no document number or range such as 200-299")
         if mine is None:
             raise UserError(f"{path}, line {number}: put a line 'prefix PATH' before the numbers")
-        mine.append((low, high + 1))
-        total += high + 1 - low
+        mine.append((pair[0], pair[1] + 1))
+        total += pair[1] + 1 - pair[0]
         if total > _MOST:
             raise UserError(f"{path}, line {number}: more than {_MOST} documents are excluded: prepare the data anew")
     empty = [np.empty(0, np.int64)]
@@ -68,6 +64,14 @@ def load_exclusions(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         prefix: np.unique(np.concatenate(empty + [np.arange(*pair, dtype=np.int64) for pair in pairs]))
         for prefix, pairs in ranges.items()
     }
+
+
+def parse_range(text: str) -> tuple[int, int] | None:
+    """`17` or `200-299` -> first and last number; None where it is neither."""
+    ends = [part.strip() for part in text.split("-")]
+    if len(ends) > 2 or not all(part.isascii() and part.isdigit() and len(part) < 19 for part in ends):
+        return None
+    return (int(ends[0]), int(ends[-1])) if int(ends[0]) <= int(ends[-1]) else None
 
 
 def save_exclusions(path: str | os.PathLike[str], exclusions: Mapping[str, np.ndarray], reason: str = "") -> None:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import struct
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +35,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entr
 DTYPES: Mapping[int, np.dtype[Any]] = {
     code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2"), start=1)
 }
+MEGATRON_DTYPES: Mapping[int, np.dtype[Any]] = {**DTYPES, 6: DTYPES[7], 7: DTYPES[6]}
 UINT16_VOCABULARY = 65500  # GPT-NeoX's threshold: vocabularies below it are stored as uint16
 _CHUNK = 1 << 17  # entries handled at once: a large index needs little memory, and a part stays in the cache
 _BLOCK, _NUM_BLOCKS = 1 << 16, 64  # bytes and number of the parts of the .bin that the fingerprint covers
@@ -76,6 +76,7 @@ class TokenStore:
         prefix: path without .bin or .idx.
         lazy: check the sizes of the files and both ends of the index now, in constant time, and every
             other entry when it is used, instead of the whole index and its SHA-256 in PREFIX.json.
+        dtypes: what the index's codes mean; `MEGATRON_DTYPES` for floating-point data of Megatron-LM.
 
     Attributes:
         lazy: as given.
@@ -90,8 +91,9 @@ class TokenStore:
         UserError: a file is missing, truncated, of another format, or contradicts itself.
     """
 
-    def __init__(self, prefix: Prefix, lazy: bool = False) -> None:
+    def __init__(self, prefix: Prefix, lazy: bool = False, dtypes: Mapping[int, np.dtype[Any]] = DTYPES) -> None:
         self.prefix = os.fspath(prefix)
+        self._dtypes = dtypes
         self.lazy = lazy
         self.bin_path, self.idx_path, info_path = store_files(prefix)
         for path in (self.idx_path, self.bin_path):
@@ -125,8 +127,8 @@ class TokenStore:
         head = self._index[: HEADER.size].tobytes()
         if head.startswith(OLD_MAGIC):
             raise UserError(
-                f"{path} is in the old lazy/cached format (TNTIDX), which cannot be read here: "
-                f"prepare the data again, or convert it to the mmap format with the tool that wrote it"
+                f"{path} is in the old lazy/cached format (TNTIDX): write it anew with "
+                f"`castalia data convert {self.prefix} --output PREFIX`"
             )
         if not head.startswith(MAGIC[: len(head)]):
             raise UserError(f"{path} is not a token index (it does not begin with MMIDIDX): give another prefix")
@@ -141,7 +143,7 @@ class TokenStore:
                 f"{path} is an .idx of another version ({version}; this reads version {VERSION}): "
                 "prepare the data again"
             )
-        if code not in DTYPES:
+        if code not in self._dtypes:
             raise UserError(f"{path} has the unknown dtype code {code} (known: 1 to 8): prepare or copy it again")
         expected = HEADER.size + 12 * num_sequences + 8 * num_doc_idx
         if found != expected:
@@ -150,7 +152,7 @@ class TokenStore:
                 f"{path} {what}: {expected} bytes expected for {num_sequences} sequences, {found} found; "
                 f"prepare or copy it again"
             )
-        return DTYPES[code], num_sequences, num_doc_idx
+        return self._dtypes[code], num_sequences, num_doc_idx
 
     def check(self) -> None:
         """Check the whole index, as opening does unless `lazy`: linear in the number of sequences.
@@ -247,8 +249,8 @@ class TokenStore:
     def __len__(self) -> int:
         return self._num_sequences
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[str, bool]]:
-        return TokenStore, (self.prefix, self.lazy)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Any, ...]]:
+        return TokenStore, (self.prefix, self.lazy, self._dtypes)
 
     @property
     def num_tokens(self) -> int:
@@ -318,22 +320,30 @@ def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 class StoreWriter:
-    """Writes a data set, one sequence per document, with memory for the sizes alone.
+    """Writes a data set, one sequence per document, in constant memory.
 
     Use as a context manager and call `finish` inside it; leaving without it (an exception,
-    or simply no call) removes what was written. An older data set under the same prefix
-    stays readable until `finish` replaces it.
+    or simply no call) removes what was written, unless `keep` is set. An older data set under
+    the same prefix stays readable until `finish` replaces it.
 
         with StoreWriter("tokens", np.uint16) as writer:
             for ids in documents:
                 writer.add_document(ids)
             writer.finish({"version": 1, ...})
 
+    Args:
+        prefix: PREFIX.
+        dtype: of the ids.
+        resume: go on with what a writer left behind; `start_at` must then be called first.
+
+    Attributes:
+        keep: leave the unfinished files where they are, for a writer with `resume`.
+
     Raises:
         UserError: another process is writing under this prefix, or an id does not fit.
     """
 
-    def __init__(self, prefix: Prefix, dtype: np.typing.DTypeLike) -> None:
+    def __init__(self, prefix: Prefix, dtype: np.typing.DTypeLike, resume: bool = False) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in DTYPES.items() if known == self.dtype]
@@ -342,12 +352,47 @@ class StoreWriter:
         self._code = codes[0]
         self.bin_path, self.idx_path, self.info_path = store_files(prefix)
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._sizes = array("i")
-        self._num_tokens = 0
+        self._num_documents = self._num_tokens = 0
+        self.keep = False
         self._bin_digest = hashlib.sha256()
         self._partials: list[Path] = []
         self._renaming = False
         self._file: BinaryIO | None = self._open_locked()
+        # The sizes wait in a file of their own, which the index is made of at the end.
+        self._sizes_path = Path(f"{self.prefix}.sizes.partial")
+        self._sizes = open(self._sizes_path, "r+b" if resume and self._sizes_path.exists() else "w+b")  # noqa: SIM115
+        self._partials.append(self._sizes_path)
+        if not resume:
+            self._file.truncate(0)
+
+    def start_at(self, documents: int, tokens: int) -> bool:
+        """Go on after so many documents and tokens; what lies behind them is cut off.
+
+        Returns:
+            Whether so much is there; if not, nothing is changed and writing begins at nothing.
+        """
+        assert self._file is not None
+        size = tokens * self.dtype.itemsize
+        there = os.fstat(self._file.fileno()).st_size >= size
+        there = there and os.fstat(self._sizes.fileno()).st_size >= 4 * documents
+        if not there:
+            documents = tokens = size = 0
+        self._file.truncate(size)
+        self._sizes.truncate(4 * documents)
+        self._file.seek(0)
+        for start in range(0, size, _CHUNK):
+            self._bin_digest.update(self._file.read(min(_CHUNK, size - start)))
+        self._file.seek(size)
+        self._sizes.seek(4 * documents)
+        self._num_documents, self._num_tokens = documents, tokens
+        return there
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        assert self._file is not None
+        for file in (self._file, self._sizes):
+            file.flush()
+            os.fsync(file.fileno())
 
     def _open_locked(self) -> BinaryIO:
         """Open PREFIX.bin.partial under an exclusive lock, so that two writers never mix."""
@@ -368,7 +413,6 @@ class StoreWriter:
                     f"another process is writing {self.bin_path}: wait for it, or choose another output"
                 ) from None
             if same:
-                file.truncate(0)
                 self._partials.append(path)
                 return file
             file.close()
@@ -383,7 +427,7 @@ class StoreWriter:
 
     @property
     def num_documents(self) -> int:
-        return len(self._sizes)
+        return self._num_documents
 
     @property
     def num_tokens(self) -> int:
@@ -408,8 +452,21 @@ class StoreWriter:
                 raise UserError(f"a document of {part.size} tokens does not fit the format (2^31 - 1): split it up")
             self._file.write(part.data)
             self._bin_digest.update(part.data)
-            self._sizes.append(part.size)
+            self._sizes.write(part.size.to_bytes(4, "little"))
+            self._num_documents += 1
             self._num_tokens += part.size
+
+    def add_encoded(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+        """Append several documents end to end: ids [total] of the data set's dtype, sizes int32 [documents]."""
+        if self._file is None:
+            raise ValueError("the writer is closed")
+        if ids.dtype != self.dtype or int(sizes.sum()) != ids.size:
+            raise ValueError(f"{ids.size} ids of {ids.dtype} do not make documents of {sizes.sum()} {self.dtype}")
+        self._file.write(ids.data)
+        self._bin_digest.update(ids.data)
+        self._sizes.write(sizes.astype("<i4").tobytes())
+        self._num_documents += len(sizes)
+        self._num_tokens += ids.size
 
     def _convert(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         try:
@@ -459,22 +516,31 @@ class StoreWriter:
             os.replace(_partial(self.info_path), self.info_path)
         else:
             _partial(self.info_path).unlink(missing_ok=True)
+        self._sizes_path.unlink(missing_ok=True)
         _sync_folder(self.bin_path.parent)
         self._partials.clear()
-        self._file.close()
-        self._file = None
+        self._close()
         return fingerprint
 
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._sizes.close()
+
     def abort(self) -> None:
-        """Remove what was written, unless `finish` was reached."""
+        """Remove what was written, unless `finish` was reached or it is to be kept."""
         if self._file is None:
+            return
+        if self.keep and not self._renaming:
+            self._close()
             return
         # Interrupted between the renames of `finish`: the index must not stay without its PREFIX.json.
         for path in (*([self.idx_path] if self._renaming else []), *self._partials):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        self._file.close()
-        self._file = None
+        with contextlib.suppress(OSError):  # a full disk cannot take what was still held back
+            self._close()
 
     def _write_partial(self, path: Path, content: bytes) -> None:
         self._partials.append(_partial(path))
@@ -485,7 +551,8 @@ class StoreWriter:
 
     def _write_index(self, path: Path) -> str:
         self._partials.append(path)
-        sizes = np.frombuffer(self._sizes, np.dtype("i4"))
+        self._sizes.flush()
+        sizes = _map(self._sizes_path, np.dtype("<i4"))
         digest = hashlib.sha256()
         with open(path, "wb") as file:
 
