@@ -55,7 +55,7 @@ def test_alibi_slopes_are_distinct_and_as_many_as_heads(heads):
 
 
 def test_alibi_bias():
-    bias = causal(alibi_bias(torch.arange(5)[:, None] - torch.arange(5), 6), 0)
+    bias = causal(alibi_bias(torch.arange(5)[:, None] - torch.arange(5), torch.tensor(alibi_slopes(6))), 0)
     for head, slope in enumerate(alibi_slopes(6)):
         for i in range(5):
             for j in range(5):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from castalia.config import ModelConfig
 from castalia.model.attention_flex import flexible_attention, serves
-from castalia.model.attention_mask import Drop, MaskSpec, dense_is_better
+from castalia.model.attention_mask import Drop, MaskSpec
 from castalia.model.attention_tiles import tiled_attention
 from castalia.model.layers import Context, Linear
 from castalia.model.norms import make_norm, norm_heads, norm_queries, wide
@@ -111,7 +111,7 @@ def attend(
     dense, plain = mask.dense, mask.plain(keys)
     if dense is None and drop is None and plain and (mask.past == 0 or queries == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=grouped)
-    if dense is None and dense_is_better(queries, keys):
+    if dense is None and mask.better_dense(queries, keys):
         dense = mask.matrix(queries, keys, q.device)
     if dense is None:
         if serves(q, drop):

@@ -28,13 +28,10 @@ from castalia.model.positions import alibi_bias, alibi_slopes, relative_bias
 Part = slice | Tensor
 """Some of a dimension: a range, or int64 places."""
 
-DENSE_LENGTH = 512
+DENSE_LENGTH = 256
 """Sequences up to this length take their mask as one matrix, which is quicker than many small calls."""
-
-
-def dense_is_better(queries: int, keys: int) -> bool:
-    """Whether the whole matrix of a mask is worth building."""
-    return queries * keys <= DENSE_LENGTH**2
+DENSE_BIAS_LENGTH = 1024
+"""The same where a bias is all there is, as it is computed once for all layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +138,13 @@ class MaskSpec:
         """The same inside one document of so many tokens."""
         narrow = self.window is not None and self.window < tokens
         return not narrow and self.layout is None and self.bias is None
+
+    def better_dense(self, queries: int, keys: int) -> bool:
+        """Whether the whole matrix is worth building."""
+        narrow = self.window is not None and self.window < keys
+        patterned = narrow or self.layout is not None or self.documents is not None
+        most = DENSE_BIAS_LENGTH if self.bias is not None and not patterned else DENSE_LENGTH
+        return queries * keys <= most**2
 
     def heads(self, first: int, count: int) -> MaskSpec:
         """The description for `count` heads from `first` on: for a rank that holds these."""
@@ -256,7 +260,7 @@ class Masks:
                 window = cfg.attention_window if kind == "window" else None
                 mask = MaskSpec(kind, past, window, layout, documents, bias)
                 tokens, total = positions.shape[-1], past + positions.shape[-1]
-                if not mask.plain(total) and dense_is_better(tokens, total):
+                if not mask.plain(total) and mask.better_dense(tokens, total):
                     mask.dense = mask.matrix(tokens, total, positions.device)
                 made[kind, id(layout)] = mask
         return tuple(made[kind, id(layout)] for kind, layout in self._layers)

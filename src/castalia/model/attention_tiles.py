@@ -25,10 +25,8 @@ from torch.autograd.function import once_differentiable
 from castalia.model.attention_mask import Drop, MaskSpec, Part
 from castalia.model.norms import wide
 
-ROWS = 256
-"""Queries of a tile under a window: more of them share their keys better, fewer waste less at the edges."""
-BLOCK_ROWS = 64
-"""Queries of a tile of a block layout, and of one with a bias, whose matrix is built tile by tile."""
+ROWS = 64, 256
+"""Queries of a tile, at least and at most: more of them share their keys, fewer see less of each other's."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -103,11 +101,12 @@ def _span(
     first = max(start, mask.past)
     if fused and first == start and mask.plain_within(end - start):
         return [Tile(batch, heads, slice(start - mask.past, end - mask.past), slice(start, end), start, True)]
-    size = ROWS if fused and layout is None and mask.bias is None else BLOCK_ROWS
-    live = None
+    size, live = ROWS[0], None
     if layout is not None:
-        size = layout.block * max(1, BLOCK_ROWS // layout.block)
+        size = layout.block * max(1, ROWS[0] // layout.block)
         live = layout.live(end - start)[heads.start or 0]
+    elif fused and mask.window is not None:
+        size = min(max(mask.window // 4, ROWS[0]), ROWS[1])
     # Tiles begin at multiples of their size from the start of the document, as blocks do.
     for low in range(start + (first - start) // size * size, end, size):
         a, e = max(low, first), min(low + size, end)

@@ -137,7 +137,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 def alibi_bias(distance: Tensor, slopes: Tensor) -> Tensor:
     """-slope x distance: integer `[..., S, T]` and fp32 `[n]` to fp32 `[..., n, S, T]`."""
-    return -slopes.view(-1, 1, 1) * distance.unsqueeze(-3)
+    return -slopes.view(-1, 1, 1) * distance.float().unsqueeze(-3)
 
 
 def distance_buckets(distance: Tensor, buckets: int, furthest: int) -> Tensor:
