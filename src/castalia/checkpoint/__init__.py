@@ -9,10 +9,12 @@ from castalia.checkpoint.layout import verify_checkpoint
 from castalia.checkpoint.load import Checkpoint, find_checkpoint, load_checkpoint, read_state, tensor_shapes
 from castalia.checkpoint.lock import RunLock
 from castalia.checkpoint.save import CheckpointNotSaved, save_checkpoint
+from castalia.checkpoint.tensors import Piece
 
 __all__ = [
     "Checkpoint",
     "CheckpointNotSaved",
+    "Piece",
     "RunLock",
     "find_checkpoint",
     "load_checkpoint",

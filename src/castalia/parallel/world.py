@@ -1,17 +1,26 @@
 """Which process this is, on which device: the only reader of launcher variables, the only place that names a device.
 
-For now a run is one process. `World` is what the rest is given, so that it stays true when
-there are more.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT ──> World(rank, size, device) + the default group
+
+Slurm's and the MPIs' variables are translated to these first (schedulers.py).
+
+A single process needs none of them and never starts torch.distributed. The collective
+backend follows from the device (nccl, hccl, xccl, ...; gloo for the CPU).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
 from castalia.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -21,35 +30,82 @@ class World:
     Attributes:
         rank, size: of the process and of the job.
         device: what this process computes on.
+        local_rank: of the process on its machine.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
 
 
 def enter_world(device: str | None = None) -> World:
-    """Find out where we are.
+    """Find out where we are; `joined` then connects the processes.
 
     Args:
-        device: performance.device; None takes the accelerator if there is one, else the CPU.
+        device: performance.device; None takes the accelerator if there is one, else the CPU. With several
+            processes on a machine, each takes the accelerator of its local rank.
 
     Raises:
-        UserError: the device does not exist here, or a launcher started several processes.
+        UserError: the device does not exist here, or the launcher's variables are not complete.
     """
-    size = os.environ.get("WORLD_SIZE") or "1"
-    if size != "1":
-        raise UserError(f"WORLD_SIZE is {size}, but this release trains in one process: start it without a launcher")
+    size, rank, local = (
+        _number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
+    if not 0 <= rank < size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}: start through torchrun or `castalia train --procs`")
+    if size > 1:
+        missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {size}, but {missing[0]} is not set: start through torchrun or `castalia train --procs`"
+            )
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return World(0, 1, accelerator or torch.device("cpu"))
+        chosen = accelerator or torch.device("cpu")
+        if size > 1 and chosen.type != "cpu":
+            chosen = torch.device(chosen.type, local)
+            torch.accelerator.set_device_index(local)
+        return World(rank, size, chosen, local)
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"performance.device: '{device}' cannot be used on this machine: {first}") from None
-    return World(0, 1, chosen)
+    return World(rank, size, chosen, local)
+
+
+@contextmanager
+def joined(world: World, timeout: timedelta = TIMEOUT, init_method: str = "env://") -> Iterator[None]:
+    """Connect the processes of the job for the time of the block; nothing for a single process.
+
+    Args:
+        timeout: of a collective operation.
+        init_method: where the processes meet, as torch.distributed wants it.
+    """
+    if world.size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # by whoever called us: theirs to end
+        yield
+        return
+    backend = dist.get_default_backend_for_device(world.device)
+    dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} is {text!r}, which is no number: mend the launcher's environment") from None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,0 +1,121 @@
+"""Configuration and mesh -> this rank's part of the model, wrapped in the one order that works.
+
+    meta model ─tensor, sequence─> ─context─> ─stages of the pipeline─> ─ZeRO (FSDP2)─> memory ─> initial weights
+
+The model is built on the meta device, where it weighs nothing, so that a rank only ever holds its
+part. Initial weights are functions of a parameter's name: each rank draws a parameter whole,
+keeps its rectangle, and every layout begins with the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from castalia.config import Config
+from castalia.model.initial import initial_value
+from castalia.model.loss import VocabularyShard
+from castalia.model.transformer import Transformer
+from castalia.optim import WeightStore, make_store
+from castalia.parallel.layout import check_layout
+from castalia.parallel.mesh import Mesh
+from castalia.parallel.plans import Place, bounds, tensor_places
+from castalia.parallel.store import SpreadStore
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a rank trains with.
+
+    Attributes:
+        model: its part of the model, with initial weights.
+        store: of the part's weights.
+        places: where each of its parameters lies in the whole one.
+    """
+
+    model: Transformer
+    store: WeightStore
+    places: dict[str, Place]
+
+
+def parallelize(config: Config, mesh: Mesh) -> Parts:
+    """Build this rank's part of the model.
+
+    Args:
+        config: complete (derived).
+
+    Raises:
+        UserError: the model or the run cannot have this layout.
+    """
+    check_layout(config, mesh.layout)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    places = wrap(model, config, mesh)
+    model.to_empty(device=mesh.device)
+    fill(model, places, config)
+    if mesh.layout.zero:
+        from castalia.parallel.shards import ShardedStore
+
+        inner: WeightStore = ShardedStore(model, config.optimizer, mesh.layout.zero)
+    else:
+        inner = make_store(model, config.optimizer, config.training.precision, config.performance.arena)
+    return Parts(model, SpreadStore(inner, places, mesh), places)
+
+
+def wrap(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Place]:
+    """Cut a model on the meta device, in place; where each parameter that is left lies in the whole one."""
+    layout = mesh.layout
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    copies = mesh.size("replicate", "shard", "context")
+    places = tensor_places(shapes, layout.tensor, mesh.index("tensor"), layout.sequence, copies)
+    if layout.tensor > 1:
+        from castalia.parallel.tensor import spread
+
+        spread(model, places, mesh.group("tensor"), mesh.index("tensor"), layout.sequence)
+    if layout.zero:
+        from castalia.parallel.shards import shard
+
+        places = shard(model, places, config, mesh)
+    return places
+
+
+@torch.no_grad()
+def fill(model: nn.Module, places: dict[str, Place], config: Config) -> None:
+    """Give every parameter its rectangle of the initial weights."""
+    for name, parameter in model.named_parameters():
+        place, local = places[name], local_part(parameter)
+        if place.local == place.shape:
+            initial_value(name, local, config.model, config.training.seed)
+            continue
+        whole = torch.empty(place.shape, dtype=torch.float32)
+        initial_value(name, whole, config.model, config.training.seed)
+        region = tuple(slice(o, o + n) for o, n in zip(place.offset, place.local, strict=True))
+        local.copy_(whole[region])
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, as a plain tensor that shares its memory."""
+    to_local = getattr(parameter, "to_local", None)
+    return parameter.detach() if to_local is None else to_local().detach()
+
+
+def moved(place: Place, offset: int, rows: int, ranks: int) -> Place:
+    """The place of some rows of what a place describes, where `ranks` ranks share these out."""
+    return replace(
+        place,
+        offset=(place.offset[0] + offset, *place.offset[1:]),
+        local=(rows, *place.local[1:]),
+        copies=place.copies // ranks,
+    )
+
+
+def vocabulary_of(config: Config, mesh: Mesh) -> VocabularyShard | None:
+    """How the loss reaches the rows of the output matrix that other ranks hold; None where it is whole."""
+    if mesh.layout.tensor == 1:
+        return None
+    from castalia.parallel.tensor import Vocabulary
+
+    first, _ = bounds(config.model.vocab_size or 0, mesh.layout.tensor, mesh.index("tensor"))
+    return Vocabulary(first, mesh.group("tensor"))

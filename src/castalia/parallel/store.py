@@ -1,0 +1,93 @@
+"""A store of weights among others: sums gradients over ranks, takes norms over all, tells what lies where.
+
+    inner store (arena, plain, sharded) ──reduce──> gradients of the global batch
+                                        ──norm────> over every rank's part, each part once
+                                        ──tensors─> Pieces, by which checkpoints know the whole
+
+The inner store holds plain local tensors whatever the layout, so clipping, update and refreshing are
+its own business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castalia.checkpoint import Piece
+from castalia.optim import WeightStore
+from castalia.optim.weights import sum_of_squares
+from castalia.parallel.layout import AXES
+from castalia.parallel.mesh import GRADIENT_AXES, Mesh
+from castalia.parallel.plans import Place
+
+BUCKET = 1 << 25
+"""Elements that are summed over ranks in one operation, at least, where gradients are separate tensors."""
+
+
+class SpreadStore:
+    """See WeightStore.
+
+    Args:
+        inner: of this rank's part.
+        places: where each of its parameters lies.
+        mesh: the ranks.
+    """
+
+    def __init__(self, inner: WeightStore, places: dict[str, Place], mesh: Mesh) -> None:
+        self.inner, self._places, self._mesh = inner, places, mesh
+        self.optimizer = inner.optimizer
+        self.prepare, self.working, self.collect = inner.prepare, inner.working, inner.collect
+        self.discard, self.refresh, self.set_updates = inner.discard, inner.refresh, inner.set_updates
+        self.step = inner.step
+        self.gradients = inner.gradients
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """See WeightStore."""
+        if not self._mesh.layout.zero:
+            self._sum(self.inner.gradient_buffers(), *GRADIENT_AXES)
+        gradients = self.inner.gradients()
+        self._sum([g for n, g in gradients.items() if self._places[n].partial], "tensor")
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """See WeightStore; of this rank's part."""
+        return self.inner.gradient_buffers()
+
+    def _sum(self, tensors: list[Tensor], *axes: str) -> None:
+        """Sum tensors over ranks in place, small ones together."""
+        if self._mesh.size(*axes) == 1:
+            return
+        bucket: list[Tensor] = []
+        for tensor in [*tensors, None]:
+            if tensor is not None and tensor.numel() < BUCKET:
+                bucket.append(tensor)
+            if bucket and (tensor is None or sum(t.numel() for t in bucket) >= BUCKET):
+                flat = self._mesh.sum_tensor(torch.cat([t.reshape(-1) for t in bucket]), *axes)
+                for part, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    part.copy_(total.view_as(part))
+                bucket = []
+            if tensor is not None and tensor.numel() >= BUCKET:
+                self._mesh.sum_tensor(tensor, *axes)
+
+    def gradient_norm(self) -> Tensor:
+        """See WeightStore; the same number on every rank."""
+        return self.norm_of(self.gradients())
+
+    @torch.no_grad()
+    def norm_of(self, parts: dict[str, Tensor]) -> Tensor:
+        """L2 norm of what all ranks hold together, by parameter name: fp32 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        for name, part in parts.items():
+            total += sum_of_squares(part) / self._places[name].copies
+        return self._mesh.sum_tensor(total, *AXES).sqrt().float()
+
+    def tensors(self) -> dict[str, Any]:
+        """See WeightStore; Pieces where a rank holds a part."""
+        out: dict[str, Any] = {}
+        for key, tensor in self.inner.tensors().items():
+            kind, _, rest = key.partition(".")
+            place = self._places[rest if kind == "model" else rest.rpartition(".")[0]]
+            out[key] = Piece(tensor, place.shape, place.offset)
+        return out

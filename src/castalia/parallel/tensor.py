@@ -1,0 +1,149 @@
+"""A model on the meta device -> this rank's share of its matrices, and the exchanges between them.
+
+    x ─copy─> [ qkv ─ heads ─ out ]─sum─> + bias ─> residual          each rank: some heads,
+    x ─copy─> [ up, gate ─ act ─ down ]─sum─> + bias ─> residual                some inner columns
+
+With sequence parallelism `copy` becomes an all-gather and `sum` a reduce-scatter over the sequence,
+and what lies between (norms, dropout, residual) works on a share of the tokens. Parameters are
+replaced by smaller ones of the same names; modules that must speak are replaced by ones that do, or
+have their inputs exchanged by hooks. No forward is rewritten.
+(Shoeybi et al. 2019; Korthikanti et al. 2022)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from castalia.errors import UserError
+from castalia.model.norms import wide
+from castalia.model.transformer import Transformer
+from castalia.parallel import collectives
+from castalia.parallel.collectives import Group
+from castalia.parallel.plans import Place
+
+SEQUENCE = 1  # dimension of the sequence in [B, S, h]
+
+
+class RowLinear(nn.Module):
+    """y = sum over ranks of x W^T, + b: columns of W are spread, the sum is made in fp32.
+
+    Args:
+        linear: whose parameters it takes over.
+        group: the ranks that share W.
+        sequence: each gets its share of the tokens of y, instead of all of them.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Group, sequence: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._group, self._sequence = group, sequence
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, in / ranks]` to fp32 `[B, S or S / ranks, out]`."""
+        y = wide(F.linear(x.to(self.weight.dtype), self.weight))
+        y = collectives.scatter_sum(y, SEQUENCE, self._group) if self._sequence else collectives.total(y, self._group)
+        return y if self.bias is None else y + wide(self.bias.to(self.weight.dtype))
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """A table whose rows are spread: each rank looks up what it holds, the others add nothing.
+
+    Args:
+        weight: the rows held here.
+        first: number of the first one.
+        group: the ranks that share the table.
+    """
+
+    def __init__(self, weight: nn.Parameter, first: int, group: Group) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
+        self.first, self._group = first, group
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 `[B, S]` to fp32 `[B, S, h]`."""
+        row = tokens - self.first
+        here = (row >= 0) & (row < self.weight.shape[0])
+        found = F.embedding(row.clamp(0, self.weight.shape[0] - 1), self.weight)
+        return collectives.total(wide(found) * here.unsqueeze(-1), self._group)
+
+
+class Vocabulary:
+    """The loss's view of a spread vocabulary (castalia.model.loss.VocabularyShard)."""
+
+    def __init__(self, first: int, group: Group) -> None:
+        self.first, self._group = first, group
+
+    def largest(self, x: Tensor) -> Tensor:
+        """See VocabularyShard."""
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._group)
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """See VocabularyShard."""
+        dist.all_reduce(x, group=self._group)
+        return x
+
+
+def spread(model: Transformer, places: Mapping[str, Place], group: Group, rank: int, sequence: bool) -> None:
+    """Cut a model that is on the meta device, in place.
+
+    Args:
+        places: the rectangle of each parameter.
+        group, rank: the tensor-parallel ranks, and which this is.
+        sequence: sequence parallelism.
+
+    Raises:
+        UserError: a part of the model cannot be cut.
+    """
+    ranks = dist.get_world_size(group)
+    modules = dict(model.named_modules())
+    for name, place in places.items():
+        if name in dict(model.named_parameters()) and place.local != place.shape:
+            owner, _, leaf = name.rpartition(".")
+            old = modules[owner]._parameters[leaf]
+            assert old is not None
+            new = torch.empty(place.local, dtype=old.dtype, device=old.device)
+            modules[owner].register_parameter(leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+    if model.embedding is not None:
+        first = places["embedding.weight"].offset[0]
+        model.embedding = VocabularyEmbedding(model.embedding.weight, first, group)
+    for block in model.layers:
+        _spread_block(block, group, ranks, rank, sequence)
+    if sequence:
+        model.final_norm.register_forward_hook(lambda _, __, y: collectives.gather_partial(y, SEQUENCE, group))
+    else:
+        # A copy in memory too: FSDP2 warns of outputs that are views.
+        model.final_norm.register_forward_hook(lambda _, __, y: collectives.copy(y, group).clone())
+    if model.cfg.qk_norm and model.cfg.norm in ("layernorm", "non_parametric_layernorm"):
+        raise UserError(
+            f"model.qk_norm with model.norm {model.cfg.norm} takes all heads together, which tensor parallelism "
+            "spreads: set parallel.tensor=1 or model.norm=rmsnorm"
+        )
+
+
+def _spread_block(block: Any, group: Group, ranks: int, rank: int, sequence: bool) -> None:
+    """One transformer block: its attention keeps some heads, its MLP some inner columns."""
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        x = collectives.gather_partial(x, SEQUENCE, group) if sequence else collectives.copy(x, group)
+        return (x, *inputs[1:])
+
+    def share_tokens(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, layer, context = inputs
+        return (collectives.split(x, SEQUENCE, group) if layer == 0 else x, layer, context)
+
+    attention, mlp = block.attention, block.mlp
+    attention.first_head = rank * attention.n // ranks
+    attention.n, attention.k = attention.n // ranks, attention.k // ranks
+    attention.out = RowLinear(attention.out, group, sequence)
+    mlp.down = RowLinear(mlp.down, group, sequence)
+    for part in (attention, mlp):
+        part.register_forward_pre_hook(enter)
+    if sequence:
+        block.register_forward_pre_hook(share_tokens)

@@ -1,0 +1,312 @@
+"""Does a model train in another layout as it does on one process? Run both, small, and compare everything.
+
+    configuration ─shrink─> tiny model of the same kinds ─┬─ one process ──> losses, gradients, weights
+                                                          └─ N processes ──> each rank's parts of them
+                                                                   └─ compare each part with its rectangle
+
+Every rank's every part is compared, so copies that drift apart are found too. The first step's
+gradients are compared before clipping, weights after some updates. What differs is named in the
+order in which a forward pass goes through the model, so that the first name is where to look.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from castalia.config import Config
+from castalia.config.derive import derive
+from castalia.config.fields import flat
+from castalia.config.load import Tree, check
+from castalia.config.schema_parallel import ParallelConfig
+from castalia.errors import UserError
+from castalia.parallel.layout import check_layout, layout_of
+from castalia.parallel.testing import run_in_processes
+from castalia.parallel.world import World
+
+TOLERANCE = 1e-5
+STEPS = 3
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "zero1": (2, {"zero": 1}),
+    "zero2": (2, {"zero": 2}),
+    "zero3": (2, {"zero": 3}),
+    "zero3x4": (4, {"zero": 3}),
+    "hsdp": (4, {"zero": 3, "shard": 2}),
+    "tp2": (2, {"tensor": 2}),
+    "tp4": (4, {"tensor": 4}),
+    "tp2sp": (2, {"tensor": 2, "sequence": True}),
+    "dp2tp2": (4, {"tensor": 2}),
+    "zero3tp2": (4, {"tensor": 2, "zero": 3}),
+}
+"""Name -> processes and settings of `parallel:`."""
+
+Part = tuple[np.ndarray, tuple[int, ...]]
+"""A rectangle of a tensor, and where it begins."""
+
+
+@dataclass
+class Trace:
+    """What one rank saw and holds.
+
+    Attributes:
+        losses, norms: of each step.
+        gradients: of the first step, by parameter.
+        weights: after the last step.
+        shapes: of the whole parameters.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Part] = field(default_factory=dict)
+    weights: dict[str, Part] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a layout is from one process.
+
+    Attributes:
+        layout, processes: which.
+        loss, norm, gradient, weight: largest relative differences.
+        first: the first parameter, in the order of the forward pass, beyond the tolerance; None if none is.
+        tolerance: what is allowed.
+    """
+
+    layout: str
+    processes: int
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+    first: str | None
+    tolerance: float
+
+    @property
+    def good(self) -> bool:
+        """Whether all differences are within the tolerance."""
+        return all(x <= self.tolerance for x in (self.loss, self.norm, self.gradient, self.weight))
+
+
+def verify_layouts(
+    config: Config, names: Sequence[str], tolerance: float = TOLERANCE, fault: str | None = None, timeout: float = 120.0
+) -> list[Verdict]:
+    """Compare layouts with one process.
+
+    Args:
+        config: the user's own; it is shrunk.
+        names: of LAYOUTS, or such as `tensor=2,sequence=true,procs=4`.
+        tolerance: largest relative difference.
+        fault: one of FAULTS to plant, to see that it is found.
+
+    Raises:
+        UserError: a layout is unknown, or the model cannot have it.
+    """
+    wanted = [(name, *layout_named(name)) for name in names]
+    small = shrink(config)
+    for _, processes, settings in wanted:
+        spread = with_settings(small, settings)
+        check_layout(spread, layout_of(spread.parallel, processes))
+    expected = run_in_processes(1, train_small, small, STEPS, timeout=timeout, joined=False)[0]
+    verdicts = []
+    for name, processes, settings in wanted:
+        spread = with_settings(small, settings)
+        traces = run_in_processes(processes, train_small, spread, STEPS, fault, timeout=timeout)
+        verdicts.append(compare(name, expected, traces, tolerance))
+    return verdicts
+
+
+def layout_named(name: str) -> tuple[int, dict[str, Any]]:
+    """Processes and settings of `parallel:` for a layout's name or its settings.
+
+    Raises:
+        UserError: neither.
+    """
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    settings: dict[str, Any] = {}
+    for item in name.split(","):
+        key, equals, value = item.partition("=")
+        if not equals or (key != "procs" and key not in ParallelConfig.model_fields):
+            raise UserError(
+                f"layout '{name}' is not known; known: {', '.join(LAYOUTS)}; or give such as tensor=2,procs=4"
+            )
+        settings[key] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+    return int(settings.pop("procs", 2)), settings
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The same run with other settings of `parallel:`; those of other sections are given by dotted name."""
+    values = flat(config) | {k if "." in k else f"parallel.{k}": v for k, v in settings.items()}
+    return check(Tree(values, {}, []))
+
+
+def shrink(config: Config) -> Config:
+    """A tiny model of the same kinds, with sizes that do not come out even: seconds on a CPU."""
+    model = config.model
+    heads = 8 if model.num_attention_heads % 8 == 0 else 4
+    kv = heads if model.kv_heads == model.num_attention_heads else max(heads // 2, 1)
+    values = flat(config) | {
+        "model.num_layers": 4,
+        "model.num_unique_layers": 2 if model.num_unique_layers else None,
+        "model.num_attention_heads": heads,
+        "model.num_kv_heads": kv,
+        "model.head_dim": 8,
+        "model.hidden_size": 8 * heads,
+        "model.intermediate_size": 8 * heads * 2 + 2,
+        "model.vocab_size": 67,
+        "model.max_position_embeddings": 32 + model.position_offset,
+        "data.seq_length": 32,
+        "training.batch_size": 16,
+        "training.micro_batch_size": 2,
+        "training.steps": STEPS,
+        "training.tokens": None,
+        "schedule.decay_steps": STEPS,
+        "schedule.warmup": 0.0,
+        "schedule.warmup_steps": None,
+        "performance.compile": False,
+        # An element whose gradient is zero but for rounding must not move by the sign of an error.
+        "optimizer.eps": max(config.optimizer.eps, 1e-4),
+    }
+    return derive(check(Tree(values, {}, [])))[0]
+
+
+def train_small(world: World, config: Config, steps: int, fault: str | None = None) -> Trace:
+    """In each process: train on invented text and note everything."""
+    from castalia.data.loader import Loader, Shard
+    from castalia.data.plan import RunPlan
+    from castalia.optim import learning_rate
+    from castalia.parallel.mesh import Mesh
+    from castalia.train.assemble import assemble
+
+    mesh = Mesh(layout_of(config.parallel, world.size), world)
+    parts = assemble(config, mesh)
+    if fault is not None:
+        FAULTS[fault](parts)
+    plan = RunPlan(config.training.batch_size, config.data.seq_length, steps)
+    shard = Shard(mesh.data_rank, mesh.layout.data)
+    source = InventedText(config.data.seq_length, config.model.vocab_size or 2)
+    loader = Loader(source, plan, shard, config.micro_batch_size, 0, eod=0, eod_mask_loss=True)
+    trace = Trace()
+    for step in range(steps):
+        batches = loader.batch(plan.at(step))
+        tokens = parts.count(sum(batch.num_tokens for batch in batches))
+        stats = parts.engine.forward_backward(batches, tokens, step)
+        norm = parts.store.gradient_norm()
+        if step == 0:
+            trace.gradients = {n: parts.part(n, g) for n, g in parts.store.gradients().items()}
+        trace.losses.append(stats.loss)
+        trace.norms.append(norm.item())
+        lr = learning_rate(step, config.optimizer.lr, config.schedule, steps)
+        clip = config.optimizer.clip_grad
+        parts.store.step(lr, (norm + 1e-6) / clip if clip and norm > clip else None)
+    for name, tensor in parts.store.tensors().items():
+        if name.startswith("model."):
+            short = name.removeprefix("model.")
+            trace.shapes[short] = tuple(tensor.shape)
+            trace.weights[short] = parts.part(short, getattr(tensor, "local", tensor))
+    return trace
+
+
+class InventedText:
+    """Samples that can be learned, with ends of documents (id 0) more frequent in some than in others.
+
+    Args:
+        seq_length: tokens the model sees; a sample has one more.
+        vocab_size: ids lie below it.
+    """
+
+    def __init__(self, seq_length: int, vocab_size: int) -> None:
+        self.seq_length, self._vocab_size = seq_length, vocab_size
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """int64 `[seq_length + 1]`."""
+        draw = np.random.default_rng(number)
+        ids = (draw.integers(1, self._vocab_size) + 3 * np.arange(self.seq_length + 1)) % self._vocab_size
+        ids[draw.random(self.seq_length + 1) < 0.1 * (number % 6)] = 0
+        return ids.astype(np.int64)
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+
+def compare(name: str, expected: Trace, traces: Sequence[Trace], tolerance: float) -> Verdict:
+    """Hold what every rank saw and holds against one process."""
+    loss = max(_relative(np.array(t.losses), np.array(expected.losses)) for t in traces)
+    norm = max(_relative(np.array(t.norms), np.array(expected.norms)) for t in traces)
+    worst = {"gradients": 0.0, "weights": 0.0}
+    first = None
+    for kind in worst:
+        whole: dict[str, Part] = getattr(expected, kind)
+        everything = max(np.abs(value).max() for value, _ in whole.values())
+        for parameter in sorted(whole, key=_depth):
+            reference = whole[parameter][0]
+            scale = max(float(np.abs(reference).max()), 1e-3 * float(everything))
+            seen = np.zeros(reference.shape, bool)
+            difference = 0.0
+            for trace in traces:
+                if parameter not in getattr(trace, kind):
+                    continue
+                value, offset = getattr(trace, kind)[parameter]
+                region = tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))
+                seen[region] = True
+                if value.size:
+                    apart = float(np.abs(value - reference[region]).max()) / scale
+                    difference = max(difference, apart if np.isfinite(apart) else np.inf)
+            if not seen.all():
+                difference = np.inf
+            worst[kind] = max(worst[kind], difference)
+            if difference > tolerance and first is None:
+                first = f"{parameter} ({kind})"
+    return Verdict(name, len(traces), loss, norm, worst["gradients"], worst["weights"], first, tolerance)
+
+
+def _relative(value: np.ndarray, reference: np.ndarray) -> float:
+    apart = float((np.abs(value - reference) / np.maximum(np.abs(reference), 1e-12)).max())
+    return apart if np.isfinite(apart) else np.inf
+
+
+def _depth(name: str) -> tuple[int, int, str]:
+    """Where a parameter is met in a forward pass."""
+    layer = re.match(r"layers\.(\d+)\.", name)
+    if layer:
+        order = ("attention_norm", "attention.qkv", "attention.qk_norm", "attention", "mlp_norm", "mlp.up", "mlp")
+        rest = name[layer.end() :]
+        place = next((i for i, part in enumerate(order) if rest.startswith(part)), len(order))
+        return 1 + int(layer[1]), place, name
+    return (0 if "embedding" in name or name.startswith(("relative", "soft")) else 1 << 30), 0, name
+
+
+# Bugs that parallel code is known for; `castalia verify layouts --plant` shows that they are found.
+
+
+def _drop_reduction(parts: Any) -> None:
+    parts.store.reduce = lambda: None
+
+
+def _average_loss(parts: Any) -> None:
+    parts.count = lambda tokens: tokens * parts.mesh.layout.data
+
+
+def _shift_shard(parts: Any) -> None:
+    import torch
+
+    name = "layers.1.mlp.up.weight"
+    with torch.no_grad():
+        tensor = parts.store.tensors()[f"model.{name}"]
+        local = getattr(tensor, "local", tensor)
+        local.copy_(local.roll(1, 0))
+    parts.store.refresh()
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {
+    "dropped_all_reduce": _drop_reduction,
+    "averaged_loss": _average_loss,
+    "wrong_shard": _shift_shard,
+}
