@@ -29,6 +29,7 @@ VERBS = {
     "report": "runs -> one HTML page with curves",
     "plan": "parameters, FLOPs and bytes of a configuration",
     "config": "show, explain, check, compare and convert configurations",
+    "launch": "start a run on several hosts: ssh, pdsh, MPI, Slurm, Kubernetes",
     "deepy": "the command line of GPT-NeoX's launcher",
 }
 

@@ -4,8 +4,9 @@
     deepy.py generate.py 125M -i prompts.txt        ->  prompts continued, a JSON line each
     deepy.py eval.py ...                            ->  refused until tasks can be evaluated
 
-Options become overrides of the same keys, in front of everything that a file says. Nothing is
-launched on other machines; what the environment asks for is honoured or reported.
+Options become overrides of the same keys, in front of everything that a file says. Where a
+hostfile or a launcher asks for other machines, `castalia launch` starts the run there; what the
+environment asks for is honoured or reported.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ ENVIRONMENT = {
     "WANDB_API_KEY": "read by W&B itself, where use_wandb is true",
     "WANDB_LOCAL": "not read: wandb_host names a server of one's own",
     "COMET_API_KEY": "not read: Comet is not supported",
-    "MASTER_ADDR": "not read: this release trains in one process",
-    "MASTER_PORT": "not read: this release trains in one process",
-    "SLURM_NTASKS": "not read: this release trains in one process",
-    "OMPI_COMM_WORLD_SIZE": "not read: this release trains in one process",
+    "MASTER_ADDR": "taken as master_addr where the run is started on several hosts",
+    "MASTER_PORT": "taken as the port where several processes meet",
+    "SLURM_NTASKS": "the number of processes, where srun has started them",
+    "OMPI_COMM_WORLD_SIZE": "the number of processes, where mpirun has started them",
     "DATA_DIR": "not read: data_path and its like name the data",
     "NEOX_DATA_PATH": "not read: data_path and its like name the data",
     "NEOX_CHECKPOINT_PATH": "not read: `save` names the run's folder",
-    "DS_ENV_FILE": "not read: variables are not carried to other machines",
-    "PDSH_SSH_ARGS_APPEND": "not read: no machine is reached by ssh",
+    "DS_ENV_FILE": "not read: launch.env_file names the file of variables for other hosts",
+    "PDSH_SSH_ARGS_APPEND": "read by pdsh itself; for ssh, launch.ssh_args",
     "SUBMIT_SCRIPTS": "not read: runs resume by themselves, from the same command",
     "TORCH_CUDA_ARCH_LIST": "not read: nothing is compiled at the start",
     "NVTE_TORCH_COMPILE": "not read: TransformerEngine is not used",
@@ -62,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("user_script", metavar="SCRIPT", help="train.py, generate.py or eval.py")
     parser.add_argument("conf_file", nargs="+", metavar="CONF", help="configuration files; .yml may be left out")
     parser.add_argument("-d", "--conf_dir", metavar="FOLDER", help="where the files are")
-    parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts and slots; only counted here")
+    parser.add_argument("-H", "--hostfile", metavar="FILE", help="hosts and slots")
     parser.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts for generate.py")
     parser.add_argument("-o", "--sample_output_file", metavar="FILE", help="where generate.py writes")
     parser.add_argument("--iteration", type=int, metavar="N", help="checkpoint to load")
@@ -95,6 +96,7 @@ def settings(args: argparse.Namespace, environment: Mapping[str, str]) -> tuple[
     values: dict[str, Any] = {key: getattr(args, option) for option, key in _OPTIONS.items()}
     if values["hostfile"] is None:
         values["hostfile"] = environment.get("DLTS_HOSTFILE") or None
+    values["master_addr"] = environment.get("MASTER_ADDR") or None
     # JSON is YAML, so that a name such as `1e3` or `no` stays a name.
     return files, [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
@@ -107,8 +109,31 @@ def reported(environment: Mapping[str, str]) -> list[tuple[str, str]]:
 def _train(files: list[str], overrides: list[str]) -> int:
     from castalia.cli import main
 
+    how = _launched(files, overrides)
+    if how is not None:
+        return main(["launch", how, *files, *overrides])
     quiet = ["--quiet"] if os.environ.get("LOGLEVEL", "").upper() in _QUIET else []
     return main(["train", *quiet, *files, *overrides])
+
+
+def _launched(files: list[str], overrides: list[str]) -> str | None:
+    """The sub-verb of `launch` where the run is to be on other hosts; None where it is to be here.
+
+    As GPT-NeoX: a hostfile that does not exist, or has one host, means this machine, unless
+    force_multi says otherwise.
+    """
+    from castalia.config import load
+    from castalia.tools.launch import find_hosts
+
+    config = load([Path(f) for f in files], overrides)
+    launch = config.launch
+    if launch.launcher == "slurm":
+        return "slurm"
+    if launch.hostfile is None or not Path(launch.hostfile).exists():
+        return None
+    if len(find_hosts(config)) == 1 and not launch.force_multi:
+        return None
+    return "hosts" if launch.launcher in ("ssh", "pdsh") else "mpi"
 
 
 def _evaluate(files: list[str], overrides: list[str]) -> int:

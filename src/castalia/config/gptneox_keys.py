@@ -101,6 +101,11 @@ TRANSLATED: dict[str, Translated] = {
     "init_method": _same("text", "normal"),
     "output_layer_init_method": _same("text", "scaled_normal"),
     "init_method_std": _same("number", 0.02),
+    "moe_num_experts": _same("int", 1),
+    "moe_expert_interval": _same("int", 1),
+    "moe_top_k": _same("int", 1),
+    "moe_router_type": _same("text", "sinkhorn"),
+    "moe_jitter_eps": _same("number"),
     "gpt_j_residual": _same("bool", False),
     "gpt_j_tied": _same("bool", False),
     "use_bias_in_attn_linear": _same("bool", True),
@@ -125,6 +130,15 @@ TRANSLATED: dict[str, Translated] = {
     "exclude": _same("text"),
     "num_nodes": _same("int", -1),
     "num_gpus": _same("int"),
+    "launcher": _same("text", "pdsh"),
+    "deepspeed_slurm": _same("bool", False),
+    "deepspeed_mpi": _same("bool", False),
+    "force_multi": _same("bool", False),
+    "no_ssh_check": _same("bool", False),
+    "master_addr": _same("text"),
+    "master_port": _same("int", 29500),
+    "comment": _same("text"),
+    "account": _same("text"),
     "train_iters": _same("int"),
     "exit_interval": _same("int"),
     "seed": _same("int", 1234),
@@ -190,8 +204,7 @@ _REPORTED = {
         mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
         mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears""",
     "used only by RWKV layers": "dim_att head_size ffn_dim",
-    "used only by mixtures of experts": """
-        moe_expert_interval moe_top_k moe_router_type moe_lbl_in_fp32 moe_jitter_eps""",
+    "GPT-NeoX has no load-balancing loss that it could act on": "moe_lbl_in_fp32",
     "used only by muP": """
         base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult mup_width_scale""",
     "used only by preference training": """
@@ -223,9 +236,8 @@ _REPORTED = {
         synchronize_each_layer profile_backward partition_activations activation_checkpointing""",
     "DeepSpeed is not used": """
         deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint""",
-    "launching is not the configuration's business": """
-        master_port master_addr launcher force_multi no_ssh_check
-        comment account detect_nvlink_pairs distributed_backend deepspeed_mpi deepspeed_slurm""",
+    "the collective backend follows from the device": "distributed_backend",
+    "links between devices are found by the collective library": "detect_nvlink_pairs",
     "metrics go to metrics.jsonl in the run's folder, and to TensorBoard or W&B if they are asked for above": """
         wandb tensorboard csv_monitor use_comet comet_workspace comet_project comet_experiment_name comet_tags
         comet_others""",
@@ -261,7 +273,6 @@ REFUSED: dict[str, Refused] = {
     "fp16_lm_cross_entropy": Refused("a loss in fp16", (False,)),
     "serve_model_weights": Refused("serving weights to other programs", (False,)),
     "use_bnb_optimizer": Refused("8-bit Adam", (False,)),
-    "moe_num_experts": Refused("a mixture of experts", (1,)),
     "use_mup": Refused("muP", (False,)),
     "coord_check": Refused("the coordinate check of muP", (False,)),
     "save_base_shapes": Refused("muP", (False,)),
@@ -303,11 +314,12 @@ IDLE: dict[str, str] = {
     ),
     "use_wandb": "W&B is not used",
     "gpt_j_tied": "used only with gpt_j_residual",
-    "param_sharing_style": "used only with num_unique_layers",
+    "moe_num_experts": "one expert is a plain MLP",
+    "moe_jitter_eps": "used only by moe_router_type topk with moe_num_experts above 1",
     **dict.fromkeys(
-        ("hostfile", "include", "exclude", "num_nodes", "num_gpus"),
-        "launching is not the configuration's business, and the batch does not follow from it here",
+        ("moe_expert_interval", "moe_top_k", "moe_router_type"), "used only with moe_num_experts above 1"
     ),
+    "param_sharing_style": "used only with num_unique_layers",
 }
 
 COMPAT = "compat"  # ours: whose defaults and formulas a file follows

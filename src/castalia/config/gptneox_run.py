@@ -4,6 +4,7 @@ load, save, finetune, iteration       start.*, output
 checkpoint_scale, checkpoint_factor   checkpoint.*
 eval_interval, eval_iters             evaluation.*
 use_wandb, tensorboard_dir, log_*     logging.*
+launcher, hostfile, comment           launch.*
 """
 
 from __future__ import annotations
@@ -159,6 +160,27 @@ def peak_flops(given: Given) -> float | None:
     return None if peak is None else peak * 1e12
 
 
+# Launching.
+
+_LAUNCHERS = {name: name for name in ("pdsh", "openmpi", "mpich", "mvapich", "impi", "slurm")}
+
+
+def launcher(given: Given) -> str | None:
+    """What starts the processes; deepspeed_slurm and deepspeed_mpi say how ranks are found, and so who starts them."""
+    if "launcher" in given:
+        return given.choose("launcher", _LAUNCHERS)
+    if given["deepspeed_slurm"]:
+        return "slurm"
+    if given["deepspeed_mpi"]:
+        return "openmpi"
+    return "pdsh" if "hostfile" in given else None
+
+
+def _positive(key: str) -> Callable[[Given], int | None]:
+    """A count of which theirs says -1 or null for all."""
+    return lambda given: given[key] if (given[key] or 0) > 0 else None
+
+
 RUN_RULES: tuple[Rule, ...] = (
     Rule("start.path", ("load",), start_path),
     Rule("start.optimizer", ("finetune", "no_load_optim"), start_optimizer),
@@ -174,5 +196,17 @@ RUN_RULES: tuple[Rule, ...] = (
     Rule("evaluation.continuing", (), lambda g: True),
     Rule("logging.norms", tuple(_NORMS), norms),
     *(Rule(f"logging.{ours}", (key, "use_wandb"), _wandb(key)) for key, ours in _WANDB.items()),
+    Rule("launch.launcher", ("launcher", "deepspeed_slurm", "deepspeed_mpi"), launcher),
+    Rule("launch.hostfile", ("hostfile",), lambda g: g["hostfile"]),
+    Rule("launch.include", ("include",), lambda g: g["include"]),
+    Rule("launch.exclude", ("exclude",), lambda g: g["exclude"]),
+    Rule("launch.nodes", ("num_nodes",), _positive("num_nodes")),
+    Rule("launch.procs_per_node", ("num_gpus",), _positive("num_gpus")),
+    Rule("launch.force_multi", ("force_multi",), lambda g: g["force_multi"] or None),
+    Rule("launch.ssh_check", ("no_ssh_check",), lambda g: False if g["no_ssh_check"] else None),
+    Rule("launch.master_addr", ("master_addr",), lambda g: g["master_addr"]),
+    Rule("launch.master_port", ("master_port",), lambda g: g["master_port"]),
+    Rule("launch.comment", ("comment",), lambda g: g["comment"]),
+    Rule("launch.account", ("account",), lambda g: g["account"]),
     Rule("performance.peak_flops", ("peak_theoretical_tflops",), peak_flops),
 )

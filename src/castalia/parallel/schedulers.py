@@ -21,6 +21,7 @@ from castalia.errors import UserError
 
 PORT = 29500  # torchrun's default
 
+
 @dataclass(frozen=True)
 class _Scheduler:
     name: str
