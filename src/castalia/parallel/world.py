@@ -1,5 +1,6 @@
 """Which process this is, on which device: the only reader of launcher variables, the only place that names a device.
 
+    Slurm's, MPI's variables ──schedulers──┐
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT ──> World(rank, size, device) + the default group
 
 Slurm's and the MPIs' variables are translated to these first (schedulers.py).
@@ -19,6 +20,7 @@ from datetime import timedelta
 import torch
 
 from castalia.errors import UserError
+from castalia.parallel.schedulers import scheduler_variables
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -49,6 +51,7 @@ def enter_world(device: str | None = None) -> World:
     Raises:
         UserError: the device does not exist here, or the launcher's variables are not complete.
     """
+    os.environ.update(scheduler_variables(os.environ))  # as torch.distributed wants to read them
     size, rank, local = (
         _number(name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
     )
