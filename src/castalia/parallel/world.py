@@ -1,6 +1,5 @@
 """Which process this is, on which device: the only reader of launcher variables, the only place that names a device.
 
-    Slurm's, MPI's variables ──schedulers──┐
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT ──> World(rank, size, device) + the default group
 
 Slurm's and the MPIs' variables are translated to these first (schedulers.py).
