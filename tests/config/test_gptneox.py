@@ -431,7 +431,7 @@ def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str,
         ({"rotary_pct": "half"}, "'rotary_pct' must be a number"),
         ({"gpt_j_residual": 1}, "'gpt_j_residual' must be true or false"),
         ({"num_layers": 0}, "small.yml:2: model.num_layers: input should be greater than or equal to 1"),
-        ({"num_layers": 2**62}, "'num_layers' is 4611686018427387904, beyond a million: make it smaller"),
+        ({"num_layers": 2**62}, "'num_layers' is 4611686018427387904, beyond 10000: make it smaller"),
         ({"lr_decay_iters": 0}, "'lr_decay_iters' must be at least 1"),
         ({"seq_length": 128}, "data.seq_length 128 is beyond model.max_position_embeddings 64"),
         ({"min_lr": 1.0}, "schedule.min_lr 1.0 is above optimizer.lr 0.01"),
@@ -455,3 +455,16 @@ def test_what_is_refused_names_the_key_and_its_place(translated, given: dict[str
         translated(**given)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_mixture_of_experts_is_translated(translated):
+    config = translated(moe_num_experts=8, moe_expert_interval=2, hidden_size=320, num_attention_heads=4)
+    model = config.model
+    assert (model.moe_num_experts, model.moe_top_k, model.moe_interval) == (8, 1, 2)
+    assert (model.moe_router, model.moe_score, model.moe_normalise) == ("sinkhorn", "sigmoid", False)
+    assert model.moe_intermediate_size == 1280 and translated(moe_num_experts=1).model.moe_num_experts == 0
+    topk = translated(moe_num_experts=4, moe_top_k=2, moe_router_type="topk", moe_jitter_eps=0.01).model
+    assert (topk.moe_top_k, topk.moe_score, topk.moe_router, topk.moe_jitter) == (2, "softmax", "topk", 0.01)
+    assert translated(moe_num_experts=4, moe_top_k=2, moe_jitter_eps=0.01).model.moe_jitter == 0.0
+    with pytest.raises(UserError, match="'activation' 'swiglu' does not gate"):
+        translated(moe_num_experts=4, activation="swiglu")

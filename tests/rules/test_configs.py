@@ -60,7 +60,27 @@ SIZES = {
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    # What the checkpoint holds; the model card says 6_053_381_344.
+    "gpt-j-6b": 6_050_882_784,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-6.7b": 6_658_473_984,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "olmo2-1b": 1_484_916_736,
+    "olmo2-7b": 7_298_617_344,
+    "mixtral-8x7b": 46_702_792_704,
+    "olmoe-1b-7b": 6_919_161_856,
 }
 
 # Files that are accepted: with which others, the padded vocabulary, and the parameters.
@@ -68,6 +88,8 @@ TWINS: dict[str, tuple[str, int, int]] = {
     "19M.yml": ("", 50304, gpt(6, 512)),
     "49M.yml": ("", 50304, gpt(10, 640)),
     "125M.yml": ("", 50304, gpt(12, 768)),
+    # 8 experts of 2 x 768 x 3072 and a router of 8 x 768 in place of each MLP and its biases.
+    "125M-dmoe.yml": ("", 50304, gpt(12, 768) + 12 * (7 * 2 * 768 * 3072 + 8 * 768 - 3072 - 768)),
     "125M-json.yml": ("", 50304, gpt(12, 768)),
     "350M.yml": ("", 50304, gpt(24, 1024)),
     "760M.yml": ("", 50304, gpt(24, 1536)),
@@ -121,7 +143,6 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "bnb_125M.yml": ("", "use_bnb_optimizer", "8-bit Adam"),
     "gmlp_small.yml": ("", "attention_config", "layers of kind gmlp"),
     "sparse.yml": ("125M.yml", "attention_config", "layers of kind local"),
-    "125M-dmoe.yml": ("", "moe_num_experts", "a mixture of experts"),
     "mistral/7B.yml": ("llama/train_config.yml", "sliding_window_width", "a sliding window"),
     "rwkv/170M.yml": ("", "attention_config", "layers of kind rwkv"),
     **{

@@ -316,9 +316,7 @@ IDLE: dict[str, str] = {
     "gpt_j_tied": "used only with gpt_j_residual",
     "moe_num_experts": "one expert is a plain MLP",
     "moe_jitter_eps": "used only by moe_router_type topk with moe_num_experts above 1",
-    **dict.fromkeys(
-        ("moe_expert_interval", "moe_top_k", "moe_router_type"), "used only with moe_num_experts above 1"
-    ),
+    **dict.fromkeys(("moe_expert_interval", "moe_top_k", "moe_router_type"), "used only with moe_num_experts above 1"),
     "param_sharing_style": "used only with num_unique_layers",
 }
 

@@ -152,12 +152,15 @@ def soft_prompt(given: Given) -> dict[str, Any]:
         given.fail("soft_prompt_tuning", f"has the unknown entry '{unknown[0]}'{near(unknown[0], _SOFT_PROMPT)}")
     if not block.get("enabled"):
         return {}
-    if block.get("init_string"):
-        given.unsupported("soft_prompt_tuning", "a soft prompt that starts from a text", "take its init_string out")
+    text = block.get("init_string") or None
+    if text is not None and not isinstance(text, str):
+        given.fail("soft_prompt_tuning", f"has the init_string {str(text)[:40]!r}, which must be text")
     if block.get("n_tokens") is not None and block.get("num_tokens") is not None:
         given.fail("soft_prompt_tuning", "has n_tokens and num_tokens, which mean the same: keep one")
     said = (block.get("n_tokens"), block.get("num_tokens"), 10)
-    return {"tokens": next(n for n in said if n is not None), "range": block.get("init_range") or 0.5}
+    tokens = next(n for n in said if n is not None)
+    # GPT-NeoX takes the embeddings before a checkpoint's are loaded; here they are those of the trained model.
+    return {"tokens": tokens, "range": block.get("init_range") or 0.5, "text": text}
 
 
 def attention(given: Given) -> None:
@@ -187,7 +190,7 @@ def expand_attention(given: Given, layers: int) -> list[str]:
     """The kind of each layer. As in GPT-NeoX, an item with "all" stands for every layer and ends the list."""
     config = given["attention_config"]
     if layers > MOST_LAYERS:
-        given.fail("num_layers", f"is {layers}, beyond a million: make it smaller")
+        given.fail("num_layers", f"is {layers}, beyond {MOST_LAYERS}: make it smaller")
     if config is None or layers < 1:
         return ["global"] * max(layers, 0)
     kinds: list[str] = []
@@ -228,6 +231,39 @@ def vocab_multiple(given: Given) -> int | None:
     return None if multiple is None else multiple * max(parallel, 1)
 
 
+def experts(given: Given) -> int:
+    """How many experts a layer has; 0: its MLP is plain, which GPT-NeoX says as 1."""
+    count = given.positive("moe_num_experts") or 1
+    if count == 1:
+        return 0
+    if _gated(activation(given)):
+        given.fail("activation", f"'{given['activation']}' does not gate GPT-NeoX's experts: give gelu or silu")
+    if given["gpt_j_residual"]:
+        given.remark("moe_num_experts with gpt_j_residual loses the attention in GPT-NeoX; this run keeps it")
+    if given["hidden_dropout"]:
+        given.remark("hidden_dropout: GPT-NeoX drops nothing of what experts return; here it does")
+    return count
+
+
+def _of_experts(value: Callable[[Given], Any]) -> Callable[[Given], Any]:
+    return lambda given: value(given) if experts(given) else None
+
+
+def router(given: Given) -> str:
+    """The router's kind."""
+    return given.choose("moe_router_type", {"sinkhorn": "sinkhorn", "topk": "topk"})
+
+
+def router_score(given: Given) -> str:
+    """GPT-NeoX's Sinkhorn router weighs a single expert by a sigmoid, several by a softmax; the other has softmax."""
+    return "sigmoid" if router(given) == "sinkhorn" and given["moe_top_k"] == 1 else "softmax"
+
+
+def expert_size(given: Given) -> int:
+    """The inner width of an expert: as said, or 4 h rounded up to a multiple of 256."""
+    return given.positive("intermediate_size") or -(-4 * int(given.required("hidden_size")) // 256) * 256
+
+
 MODEL_RULES: tuple[Rule, ...] = (
     Rule("model.norm", ("norm",), norm),
     *(Rule("model.norm_epsilon", (key,), _epsilon(key)) for key in _EPSILONS),
@@ -239,12 +275,25 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule("model.rpe_num_buckets", ("rpe_num_buckets",), _with_position("rpe", "rpe_num_buckets")),
     Rule("model.rpe_max_distance", ("rpe_max_distance",), _with_position("rpe", "rpe_max_distance")),
     Rule("model.residual", ("gpt_j_residual",), residual),
+    Rule("model.moe_num_experts", ("moe_num_experts",), lambda g: experts(g) or None),
+    Rule("model.moe_interval", ("moe_expert_interval",), _of_experts(lambda g: g.positive("moe_expert_interval"))),
+    Rule("model.moe_top_k", ("moe_top_k",), _of_experts(lambda g: g.positive("moe_top_k"))),
+    Rule("model.moe_router", ("moe_router_type",), _of_experts(router)),
+    Rule("model.moe_score", ("moe_router_type", "moe_top_k"), _of_experts(router_score)),
+    Rule("model.moe_normalise", ("moe_router_type",), _of_experts(lambda g: False)),
+    Rule("model.moe_intermediate_size", ("moe_num_experts",), _of_experts(expert_size)),
+    Rule(
+        "model.moe_jitter",
+        ("moe_jitter_eps",),
+        _of_experts(lambda g: g["moe_jitter_eps"] if router(g) == "topk" else None),
+    ),
     Rule("model.tie_norms", ("gpt_j_tied",), lambda g: g["gpt_j_tied"] if g["gpt_j_residual"] else None),
     Rule("model.tie_embeddings", ("no_weight_tying",), lambda g: not g["no_weight_tying"]),
     Rule("model.num_unique_layers", ("num_unique_layers",), unique_layers),
     Rule("model.param_sharing_style", ("param_sharing_style",), sharing_style),
     Rule("model.soft_prompt_tokens", ("soft_prompt_tuning",), lambda g: soft_prompt(g).get("tokens")),
     Rule("model.soft_prompt_range", ("soft_prompt_tuning",), lambda g: soft_prompt(g).get("range")),
+    Rule("model.soft_prompt_text", ("soft_prompt_tuning",), lambda g: soft_prompt(g).get("text")),
     Rule("model.init_method", ("init_method",), lambda g: g.choose("init_method", _INITS)),
     Rule(
         "model.output_init_method",

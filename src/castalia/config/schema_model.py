@@ -19,7 +19,7 @@ MOST_LAYERS = 10_000  # more is a slip of the hand, and would take minutes to co
 class ModelConfig(AttentionSettings):
     """The function that is trained."""
 
-    block: str = setting("transformer", "the layer: a registered name or module:attribute")
+    block: str = setting("transformer", "the layer: a registered name, module:attribute or file.py:attribute")
     num_layers: int = setting(6, "layers", ge=1)
     hidden_size: int = setting(256, "width of the residual stream", ge=1)
     num_attention_heads: int = setting(8, "query heads", ge=1)
@@ -211,7 +211,7 @@ class ModelConfig(AttentionSettings):
             )
         if self.qk_norm is True and self.num_attention_heads != self.kv_heads:
             raise ValueError(
-                "model.qk_norm true has one gain per query head, shared by the keys: it needs as many key/value heads; "
+                "model.qk_norm has one gain per query head, shared by the keys: it needs as many key/value heads; "
                 "leave model.num_kv_heads out, or choose head or full"
             )
         return self

@@ -59,6 +59,13 @@ class NeoXRow(Row):
     parts: tuple[int, ...] = (1,)
 
 
+# Fields whose other values add or move tensors that GPT-NeoX has not, or whose layout there is not known yet.
+_ONLY_PLAIN = {
+    **{"norm_placement": "pre", "attention_out_bias": True, "head_bias": False, "rotary_scaling": "none"},
+    **{"moe_num_experts": 0, "mtp_depth": 0},
+}
+
+
 def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
     """The table of this model, in the order of GPT-NeoX's modules; their names are `I.NAME`.
 
@@ -77,6 +84,9 @@ def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
             f"model.soft_prompt_tokens: is {model.soft_prompt_tokens}, but GPT-NeoX can neither train nor load "
             "a soft prompt: set it to 0"
         )
+    for key, plain in _ONLY_PLAIN.items():
+        if getattr(model, key) != plain:
+            raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
     if naming == "w123" and not model.gated:
         raise UserError(
             f"model.activation: '{model.activation}' is not gated, but the checkpoint's MLPs (w1, w2, w3) are"
