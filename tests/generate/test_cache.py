@@ -7,7 +7,7 @@ from castalia.generate.cache import KVCache
 
 
 def test_updates_append_and_layers_are_apart() -> None:
-    cache = KVCache(num_layers=2, batch=3, kv_heads=2, max_length=5, head_dim=4)
+    cache = KVCache(num_layers=2, max_length=5)
     k, v = torch.randn(2, 3, 2, 5, 4), torch.randn(2, 3, 2, 5, 4)
     for start, end in [(0, 3), (3, 4), (4, 5)]:
         assert cache.length == start
@@ -21,7 +21,7 @@ def test_updates_append_and_layers_are_apart() -> None:
 
 
 def test_a_full_cache_refuses() -> None:
-    cache = KVCache(1, 1, 1, 2, 4)
+    cache = KVCache(1, 2)
     with pytest.raises(ValueError, match="holds 2 tokens"):
         cache.update(0, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
     with pytest.raises(ValueError, match="holds 2 tokens"):

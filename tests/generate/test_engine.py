@@ -24,7 +24,7 @@ def test_cached_logits_equal_uncached(make_model: MakeModel, shape: dict[str, An
     tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         whole = model.logits(model(tokens))
-        cache = make_cache(model, 3, 20)
+        cache = make_cache(model, 20)
         parts = []
         for start, end in [(0, 7), (7, 8), (8, 13), (13, 14), (14, 20)]:  # prefill, single steps, chunks
             parts.append(model.logits(model(tokens[:, start:end], None, cache)))

@@ -172,7 +172,7 @@ def test_shared_layers_are_copies_whose_gradients_add_up(style):
 @torch.no_grad()
 def test_each_execution_of_a_shared_layer_has_its_own_cache_and_its_own_masks():
     shared, apart, _ = shared_and_not("grouped", hidden_dropout=0.3, attention_dropout=0.3)
-    whole, parts, cache = shared(tokens()), [], make_cache(shared, 2, 12)
+    whole, parts, cache = shared(tokens()), [], make_cache(shared, 12)
     for piece in tokens().split([7, 1, 4], 1):
         parts.append(shared(piece, cache=cache))
         cache.advance(piece.shape[1])

@@ -96,7 +96,7 @@ def test_cached_equals_uncached(case):
     cfg, model, _, _ = case
     ids = tokens()
     whole = model.logits(model(ids))
-    cache, parts = make_cache(model, 2, 24), []
+    cache, parts = make_cache(model, 24), []
     for piece in ids.split([7, 1, 1, 9, 6], 1):  # a prompt, single tokens, and chunks after the prompt
         parts.append(model.logits(model(piece, cache=cache)))
         cache.advance(piece.shape[1])

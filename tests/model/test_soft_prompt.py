@@ -57,7 +57,7 @@ def test_a_prompt_of_embeddings_is_the_text_in_front(position):
 @torch.no_grad()
 def test_cached_equals_uncached(position):
     model = random_model(config(position=position))
-    whole, cache, parts = model(tokens()), make_cache(model, 2, 12), []
+    whole, cache, parts = model(tokens()), make_cache(model, 12), []
     for piece in tokens().split([4, 1, 1, 6], 1):
         parts.append(model(piece, cache=cache))
         cache.advance(piece.shape[1])

@@ -71,7 +71,9 @@ class AttentionSettings(Section):
         "local, sparse_fixed, sparse_variable, bigbird, bslongformer, gmlp, amlp",
     )
     attention_core: str = setting(
-        "sdpa", "what computes attention from queries, keys and values: a registered name or module:attribute"
+        "sdpa",
+        "what computes attention from queries, keys and values: a registered name, module:attribute or "
+        "file.py:attribute",
     )
     attention_window: int | None = setting(
         None, "window: how many keys a token sees, its own included", unit="tokens", ge=1

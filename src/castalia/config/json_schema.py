@@ -19,6 +19,8 @@ from castalia.config.schema import Config
 # again; a test holds the two together.
 NAMES: dict[str, tuple[str, ...]] = {
     "model.block": ("transformer",),
+    "model.attention_core": ("sdpa",),
+    "loss.function": ("cross_entropy",),
     "model.norm": ("layernorm", "rmsnorm", "rmsnorm_eps_outside", "scalenorm", "non_parametric_layernorm"),
     "model.activation": (
         *("gelu", "gelu_tanh", "relu", "silu", "swish", "mish", "softsign"),
@@ -78,5 +80,5 @@ def _field(key: str, entry: dict[str, Any], known: dict[str, Any]) -> dict[str, 
     out["description"] = f"{info.description} ({kind}{f', in {unit}' if unit else ''})"
     if key in NAMES:
         out.pop("type")
-        out["anyOf"] = [{"enum": list(NAMES[key])}, {"type": "string", "pattern": "^[A-Za-z_]"}]
+        out["anyOf"] = [{"enum": list(NAMES[key])}, {"type": "string", "pattern": "^[A-Za-z_./~]"}]
     return out

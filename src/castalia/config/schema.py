@@ -148,6 +148,7 @@ class ScheduleConfig(Section):
 class LossConfig(Section):
     """What is minimised."""
 
+    function: str = setting("cross_entropy", "the loss: a registered name, module:attribute or file.py:attribute")
     normalisation: Literal["tokens", "micro_batch_mean"] = setting(
         "tokens",
         "tokens: sum over the batch / its valid tokens; micro_batch_mean: mean of micro-batch means (GPT-NeoX)",

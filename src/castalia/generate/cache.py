@@ -1,6 +1,6 @@
 """Keys and values of the tokens so far -> one preallocated block that every layer appends to.
 
-    keys, values: [layer][B, kv_heads, max_length, d]
+    keys, values: [layer] of [B, kv_heads, max_length, d]
 
     |<--- length: stored before this forward --->|<-- S new -->|        free        |
                                                   update() writes here and returns a view of
@@ -8,7 +8,8 @@
 
 Preallocated because growing by concatenation copies the whole past at every token. The
 length moves once per forward pass (`advance`), not per layer, so that all layers of one
-pass see the same past.
+pass see the same past. A layer's block is made when the layer first stores something, in the shape
+of that: a layer without attention keeps other things than keys and values of heads.
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ class KVCache:
 
     Args:
         num_layers: layers of the model.
-        batch: sequences B that are generated together.
-        kv_heads: key/value heads.
         max_length: most tokens per sequence, prompt included.
-        head_dim: size d of a head.
         dtype: of keys and values; the dtype of the model's matrices.
         device: where they live.
     """
@@ -33,16 +31,12 @@ class KVCache:
     def __init__(
         self,
         num_layers: int,
-        batch: int,
-        kv_heads: int,
         max_length: int,
-        head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_layers, batch, kv_heads, max_length, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
+        self._dtype, self._device = dtype, device
         self.max_length = max_length
         self.length = 0
         """Tokens stored by earlier forward passes."""
@@ -65,9 +59,17 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens and was given {end}: make it longer")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        stored = self._stored[layer]
+        if stored is None:
+            keys, values = (
+                torch.empty(*t.shape[:2], self.max_length, t.shape[3], dtype=self._dtype, device=self._device)
+                for t in (k, v)
+            )
+            stored = self._stored[layer] = (keys, values)
+        keys, values = stored
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
         """Count `count` tokens as stored; called once after a forward pass of that many."""

@@ -161,11 +161,10 @@ def _inference(model: Transformer) -> Iterator[None]:
         model.train(training)
 
 
-def make_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
-    """An empty cache that fits a model: its layers and heads, its matrices' dtype and device, its soft prompt."""
-    cfg, weight = model.cfg, model.head_weight
-    length = max_length + model.prompt_length
-    return KVCache(cfg.num_layers, batch, cfg.kv_heads, length, cfg.head_size, weight.dtype, weight.device)
+def make_cache(model: Transformer, max_length: int) -> KVCache:
+    """An empty cache that fits a model: its layers, its matrices' dtype and device, its soft prompt."""
+    weight = model.head_weight
+    return KVCache(model.cfg.num_layers, max_length + model.prompt_length, weight.dtype, weight.device)
 
 
 def _run_batch(
@@ -182,7 +181,7 @@ def _run_batch(
     device = model.head_weight.device
     tokens = torch.tensor([s.prompt for s in batch], device=device)
     # The last token generated is never fed back, hence the 1.
-    cache = make_cache(model, len(batch), tokens.shape[1] + max_tokens - 1) if use_cache else None
+    cache = make_cache(model, tokens.shape[1] + max_tokens - 1) if use_cache else None
     generators = [s.generator for s in batch]
     for step in range(max_tokens):
         logits = _last_logits(model, tokens, cache)

@@ -82,7 +82,7 @@ class Attention(nn.Module):
         q, k, v = q.reshape(B, S, self.n, self.d), k.squeeze(3), v.squeeze(3)
         if self.qk_norm is not None:
             q, k = norm_heads(self.qk_norm, q), norm_heads(self.qk_norm, k)
-        elif self.q_norm is not None:
+        elif self.q_norm is not None and self.k_norm is not None:
             q, k = norm_queries(self.q_norm, q, self.per_head), norm_queries(self.k_norm, k, self.per_head)
         if context.rotary is not None:
             q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)

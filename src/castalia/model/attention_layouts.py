@@ -82,8 +82,8 @@ def _fixed(cfg: ModelConfig, layer: int, head: int, blocks: int) -> Tensor:
 
 def _variable(cfg: ModelConfig, layer: int, head: int, blocks: int) -> Tensor:
     window: list[int] = []
-    for number, size in enumerate(cfg.attention_window_blocks):
-        window += [number] * size
+    for number_of, size in enumerate(cfg.attention_window_blocks):
+        window += [number_of] * size
     last = cfg.attention_window_blocks[-1]
     more = blocks - len(window)
     window += [len(cfg.attention_window_blocks) + rest // last for rest in range(more)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class MaskSpec:
     documents: Documents | None = None
     bias: ScoreBias | None = None
     dense: Tensor | None = None
-    memo: dict[str, object] = field(default_factory=dict, repr=False)
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
     """What a core works out from the description once, for all layers that share it."""
 
     def plain(self, tokens: int) -> bool:
@@ -235,7 +236,7 @@ class Masks:
             if kind in LAYOUTS:
                 key = kind, layer if kind in RANDOM else 0
                 layout = layouts.setdefault(key, BlockLayout(cfg, kind, layer))
-            self._layers.append(("global" if kind in GATED_MLPS else kind, layout))
+            self._layers.append(("global-gate" if kind in GATED_MLPS else kind, layout))
 
     def describe(
         self, past: int, positions: Tensor, keys: Tensor, table: Tensor | None, documents: Documents | None
@@ -258,7 +259,9 @@ class Masks:
         for kind, layout in self._layers:
             if (kind, id(layout)) not in made:
                 window = cfg.attention_window if kind == "window" else None
-                mask = MaskSpec(kind, past, window, layout, documents, bias)
+                mask = MaskSpec(kind.removesuffix("-gate"), past, window, layout, documents, bias)
+                if kind == "global-gate":
+                    mask.bias = None
                 tokens, total = positions.shape[-1], past + positions.shape[-1]
                 if not mask.plain(total) and mask.better_dense(tokens, total):
                     mask.dense = mask.matrix(tokens, total, positions.device)

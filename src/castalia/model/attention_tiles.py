@@ -186,7 +186,7 @@ class _Tiled(torch.autograd.Function):
                 with torch.enable_grad():
                     leaves = [t.detach().requires_grad_() for t in part.qkv]
                     own = None if d_table is None else table.detach().requires_grad_()
-                    y = _step_by_step(*leaves, own, part, ctx.drop, ctx.scale)
+                    y = _step_by_step(leaves[0], leaves[1], leaves[2], own, part, ctx.drop, ctx.scale)
                     grads = torch.autograd.grad(y, leaves + ([] if own is None else [own]), g)
                 if d_table is not None:
                     d_table += grads[3]

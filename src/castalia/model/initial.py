@@ -31,7 +31,7 @@ from castalia.config import ModelConfig
 from castalia.errors import UserError
 
 BLOCK_ELEMENTS = 1 << 20
-RESIDUAL_OUTPUTS = ("attention.out.weight", "mlp.down.weight", "experts.down.weight", "shared.down.weight")
+RESIDUAL_OUTPUTS = ("attention.out.weight", ".down.weight")
 
 INIT_STD: dict[str, Callable[[ModelConfig], float]] = {
     "normal": lambda c: c.init_std,
@@ -68,9 +68,14 @@ def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
 def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
     """Give one parameter its initial value: biases 0, norm gains 1, matrices by the configured method.
 
-    Two have their own whatever the method: the relative bias (xavier_normal) and the soft prompt (uniform).
+    Three have their own whatever the method: the relative bias (xavier_normal), the soft prompt (uniform), and
+    the spatial weights of gmlp layers (0, their biases 1: at first the gate lets everything through).
     """
-    if name.endswith(".bias"):
+    if name.endswith("gate.spatial.weight"):
+        out.zero_()
+    elif name.endswith("gate.spatial.bias"):
+        out.fill_(1.0)
+    elif name.endswith(".bias"):
         out.zero_()
     elif out.ndim == 1:
         out.fill_(1.0)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from castalia.model.registry import LOSSES, register
+
 IGNORED = -100
 # Logits whose fp32 exponentials are in flight at once: a few rows, small enough to stay in a CPU's second-level
 # cache from the search for the largest to the sum.
@@ -61,6 +63,7 @@ class LossSums(NamedTuple):
     z_squares: Tensor
 
 
+@register(LOSSES, "cross_entropy")
 def loss_sums(
     hidden: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 from castalia.config import Config, ModelConfig
+from castalia.config.attention import GATED_MLPS
 from castalia.errors import UserError
 
 # Parameters of each norm over h numbers; a registered one is taken to have a gain alone.
@@ -66,6 +67,20 @@ def _block_shapes(model: ModelConfig, prefix: str, index: int) -> dict[str, tupl
     def norm(name: str, size: int = h) -> None:
         shapes.update(_norm(model, f"{prefix}.{name}", size))
 
+    kind = model.attention_kinds[model.layer_order.index(index)]
+    if kind in GATED_MLPS:
+        if model.max_position_embeddings is None:
+            raise UserError("model.max_position_embeddings is not set: gmlp layers need the size of their weights")
+        places = model.max_position_embeddings + model.soft_prompt_tokens
+        norm("norm")
+        linear("up", 2 * f, h, model.mlp_bias)
+        norm("gate.norm", f)
+        linear("gate.spatial", places, places, True)
+        if kind == "amlp":
+            linear("gate.attention.qkv", 3 * model.amlp_size, 2 * f, model.attention_bias)
+            linear("gate.attention.out", f, model.amlp_size, model.attention_bias)
+        linear("down", h, f, model.mlp_bias)
+        return shapes
     norm("attention_norm")
     linear("attention.qkv", (n + 2 * k) * d, h, model.attention_bias)
     if model.qk_norm is True:
@@ -188,5 +203,33 @@ def flops_per_token(model: ModelConfig, executed: int, vocab_size: int, seq_leng
     that are chosen. Modules that look ahead read the output matrix once more each.
     """
     passes = 1 + model.mtp_depth
-    attention = 12 * (model.num_layers + model.mtp_depth) * model.num_attention_heads * model.head_size * seq_length
+    kinds = model.attention_kinds
+    attention = sum(_mixing_flops(model, kind, seq_length) for kind in kinds + kinds[-1:] * model.mtp_depth)
     return 6 * executed + 6 * passes * vocab_size * model.hidden_size + attention
+
+
+def _mixing_flops(model: ModelConfig, kind: str, seq_length: int) -> int:
+    """FLOPs per token of what mixes tokens in one layer, over the keys that its kind sees on average."""
+    if kind in GATED_MLPS:
+        # The weights of places are no matrix that each token is multiplied by, as N takes them for.
+        places = (model.max_position_embeddings or 0) + model.soft_prompt_tokens
+        small = 12 * model.amlp_size * seq_length if kind == "amlp" else 0
+        return 6 * model.mlp_size * seq_length + small - 6 * places * (places + 1)
+    return 12 * model.num_attention_heads * model.head_size * min(seq_length, _keys_seen(model, kind, seq_length))
+
+
+def _keys_seen(model: ModelConfig, kind: str, seq_length: int) -> int:
+    """Keys of a query late in the sequence, as if nothing were masked for coming later."""
+    block, random = model.attention_block, model.attention_random_blocks
+    columns = model.attention_global_ends or [start + 1 for start in model.attention_global_starts]
+    listed = sum(end - start for start, end in zip(model.attention_global_starts, columns, strict=True))
+    blocks = {
+        "global": -(-seq_length // block),
+        "local": model.attention_local_blocks,
+        "sparse_fixed": model.attention_local_blocks
+        + seq_length // block // model.attention_local_blocks * model.attention_global_blocks,
+        "sparse_variable": model.attention_window_blocks[-1] + listed + (random or 0),
+        "bigbird": model.attention_sliding_blocks + model.attention_global_blocks + (1 if random is None else random),
+        "bslongformer": model.attention_sliding_blocks + listed,
+    }
+    return (model.attention_window or seq_length) if kind == "window" else blocks[kind] * block

@@ -20,6 +20,7 @@ from castalia.model.attention import Attention
 from castalia.model.attention_mask import Documents, Masks
 from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey, dropout
+from castalia.model.gmlp import GATED_BLOCKS
 from castalia.model.initial import initialise
 from castalia.model.layers import MLP, Cache, Context
 from castalia.model.moe import MoE
@@ -107,7 +108,7 @@ class Transformer(nn.Module):
             self.soft_prompt = SoftPrompt(cfg.soft_prompt_tokens, cfg.hidden_size)
         block = look_up(BLOCKS, cfg.block, "model.block")
         kinds = dict(zip(self.order, cfg.attention_kinds, strict=True))
-        self.layers = nn.ModuleList(BLOCKS.get(kinds[i], block)(cfg, i) for i in sorted(kinds))
+        self.layers = nn.ModuleList(GATED_BLOCKS.get(kinds[i], block)(cfg, i) for i in sorted(kinds))
         self.masks = Masks(cfg)
         self.final_norm = make_norm(cfg)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=cfg.head_bias)

@@ -140,7 +140,7 @@ def cache_error(model: Transformer, strided: bool = False) -> float:
     tokens = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(2))
     positions = 3 + 2 * torch.arange(20) if strided else None
     whole = model.logits(model(tokens, positions))
-    cache, parts, start = make_cache(model, 2, 20), [], 0
+    cache, parts, start = make_cache(model, 20), [], 0
     for size in (7, 1, 1, 5, 6):
         piece = slice(start, start + size)
         given = None if positions is None else positions[piece]
