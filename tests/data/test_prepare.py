@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.data import prepare as module
-from castalia.data.prepare import Interrupted, Progress, cut_at_lines, prepare
+from castalia.data.prepare import Interrupted, Progress, cut_at_lines, encode, prepare, run
 from castalia.data.store import TokenStore, is_finished
 from castalia.data.tokenizer import (
     ByteTokenizer,
@@ -84,6 +84,8 @@ def test_prepare(tmp_path: Path, corpus: Path, bpe: HFTokenizer, kind: str) -> N
     assert len(store) == len(texts)
     for i, text in enumerate(texts):
         assert store.get(i).tolist() == [*tokenizer.encode(text), tokenizer.eod]
+    assert summary.pop("encoder") == ("numpy" if kind == "byte" else "fastokens")
+    assert (summary.pop("proved") > 0) == (kind == "hf")
     assert (
         summary
         == store.info
@@ -114,8 +116,8 @@ def test_workers_do_not_change_the_bytes(
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     prepare([corpus], tmp_path / "one" / "ds", bpe, workers=1)
-    monkeypatch.setattr(module, "_BATCH_SIZE", 500)
-    monkeypatch.setattr(module, "_PART_SIZE", 100)
+    monkeypatch.setattr(run, "BLOCK_SIZE", 500)
+    monkeypatch.setattr(encode, "PART_SIZE", 100)
     prepare([corpus], tmp_path / "many" / "ds", bpe, workers=workers)
     assert outputs(tmp_path / "one" / "ds") == outputs(tmp_path / "many" / "ds")
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
@@ -165,7 +167,7 @@ def test_failures_leave_nothing(tmp_path: Path, corpus: Path, bpe: HFTokenizer) 
     with pytest.raises(UserError, match=r"zzz\.jsonl:1 has no key"):
         prepare([corpus], tmp_path / "ds", bpe)
     (tmp_path / "blank.txt").write_text("")
-    with pytest.raises(UserError, match="no document"):
+    with pytest.raises(UserError, match="hold no text"):
         prepare([tmp_path / "blank.txt"], tmp_path / "ds", bpe)
     assert outputs(tmp_path / "ds") == {}
     tokenizer = ByteTokenizer()
@@ -175,18 +177,90 @@ def test_failures_leave_nothing(tmp_path: Path, corpus: Path, bpe: HFTokenizer) 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_nothing(tmp_path: Path, corpus: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_it_and_the_same_call_goes_on(
+    tmp_path: Path, corpus: Path, bpe: HFTokenizer, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "BLOCK_SIZE", 2000)
+    whole = prepare([corpus], tmp_path / "whole" / "ds", bpe)
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 5:
+            signal.raise_signal(number)
+
     handler = signal.getsignal(number)
     with pytest.raises(Interrupted, match=number.name) as caught:
-        prepare([corpus], tmp_path / "ds", ByteTokenizer(), progress=lambda p: signal.raise_signal(number))
-    assert caught.value.exit_code == 3
-    assert outputs(tmp_path / "ds") == {}
+        prepare([corpus], tmp_path / "ds", bpe, progress=stop)
+    assert caught.value.exit_code == 3 and not is_finished(tmp_path / "ds")
     assert signal.getsignal(number) is handler
+    said: list[str] = []
+    again = prepare([corpus], tmp_path / "ds", bpe, say=said.append)
+    assert said == [f"going on after {seen[4].documents:,} documents that were prepared before"]
+    assert again["bin_sha256"] == whole["bin_sha256"]
+    assert outputs(tmp_path / "ds") == outputs(tmp_path / "whole" / "ds")
+
+
+def interrupted(tmp_path: Path, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(run, "BLOCK_SIZE", 2000)
+    with pytest.raises(Interrupted):
+        prepare([corpus], tmp_path / "ds", tokenizer, progress=lambda p: signal.raise_signal(signal.SIGINT))
+    return tmp_path / "ds"
+
+
+def test_other_settings_do_not_go_on(
+    tmp_path: Path, corpus: Path, bpe: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = interrupted(tmp_path, corpus, bpe, monkeypatch)
+    left = outputs(prefix)
+    with pytest.raises(UserError, match="other settings .append_eod. was interrupted here: .* --restart"):
+        prepare([corpus], prefix, bpe, append_eod=False)
+    (corpus / "more.txt").write_text("more")
+    with pytest.raises(UserError, match="other inputs .or they have changed. was interrupted"):
+        prepare([corpus], prefix, bpe)
+    assert outputs(prefix) == left
+    prepare([corpus], prefix, ByteTokenizer(), restart=True)
+    assert sorted(outputs(prefix)) == ["ds.bin", "ds.idx", "ds.json"]
+    assert TokenStore(prefix).info["tokenizer"]["type"] == "byte"
+
+
+def test_torn_journals_and_short_files(
+    tmp_path: Path, corpus: Path, bpe: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SYNC_SECONDS", 0)
+    expected = prepare([corpus], tmp_path / "whole", bpe)["bin_sha256"]
+    prefix = interrupted(tmp_path, corpus, bpe, monkeypatch)
+    journal, partial = Path(f"{prefix}.journal.partial"), Path(f"{prefix}.bin.partial")
+    journal.write_bytes(journal.read_bytes() + b'{"blocks": 99, "outp')
+    partial.write_bytes(partial.read_bytes() + b"torn tail")
+    assert prepare([corpus], prefix, bpe)["bin_sha256"] == expected
+    assert not list(tmp_path.glob("*.partial"))
+    Path(f"{prefix}.idx").unlink()
+    prefix = interrupted(tmp_path, corpus, bpe, monkeypatch)
+    partial.write_bytes(partial.read_bytes()[:10])  # as after a power cut
+    said: list[str] = []
+    assert prepare([corpus], prefix, bpe, say=said.append)["bin_sha256"] == expected
+    assert said == ["what an interrupted preparation left is incomplete: beginning anew"]
+
+
+def test_a_full_disk_keeps_what_was_done(
+    tmp_path: Path, corpus: Path, bpe: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "BLOCK_SIZE", 2000)
+
+    def full(progress: Progress) -> None:
+        if progress.documents > 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"No space left on device: .*ds\.bin\.partial .* are kept; make room"):
+        prepare([corpus], tmp_path / "ds", bpe, progress=full)
+    expected = prepare([corpus], tmp_path / "whole", bpe)["bin_sha256"]
+    assert prepare([corpus], tmp_path / "ds", bpe)["bin_sha256"] == expected
 
 
 CHILD = """
 import os, sys
-from castalia.data import prepare as module
+from castalia.data.prepare import prepare, run
 from castalia.data.tokenizer import load_tokenizer
 
 # Die by kill -9 at the n-th event counted from the first call of a named function on; both
@@ -203,30 +277,30 @@ def count(frame, event, arg):
         if left == 0:
             os.kill(os.getpid(), 9)
 
-module._BATCH_SIZE, module._PART_SIZE = 2000, 500
+run.BLOCK_SIZE, run.SYNC_SECONDS = 2000, 0
 loaded = load_tokenizer(tokenizer)
 sys.setprofile(count)
-module.prepare([corpus], prefix, loaded, workers=2)
+prepare([corpus], prefix, loaded, workers=2)
 sys.setprofile(None)
 print(int(moment) - left)
 """
 FOREVER = 10**9
 
 
-@pytest.mark.parametrize(("function", "num_kills"), [("add_document", 2), ("finish", 5)])
+@pytest.mark.parametrize(("function", "num_kills"), [("add_encoded", 3), ("finish", 4)])
 def test_kill_at_any_moment_then_run_again(
     tmp_path: Path, corpus: Path, bpe: HFTokenizer, function: str, num_kills: int
 ) -> None:
     """Nothing that a kill leaves looks finished unless it is, and a rerun is byte-identical."""
     save_tokenizer(bpe.tokenizer, tmp_path / "tokenizer.json")
 
-    def run(prefix: Path, moment: int) -> subprocess.CompletedProcess[str]:
+    def child(prefix: Path, moment: int) -> subprocess.CompletedProcess[str]:
         arguments = [corpus, prefix, tmp_path / "tokenizer.json", function, moment]
-        environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
+        environment = {**os.environ, "PYTHONPATH": str(Path(run.__file__).parents[3])}
         command = [sys.executable, "-c", CHILD, *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    whole = run(tmp_path / "whole" / "ds", FOREVER)
+    whole = child(tmp_path / "whole" / "ds", FOREVER)
     assert whole.returncode == 0, whole.stderr
     expected = outputs(tmp_path / "whole" / "ds")
     prefix = tmp_path / "killed" / "ds"
@@ -234,16 +308,19 @@ def test_kill_at_any_moment_then_run_again(
     # The renames are among the last 150 events.
     last = int(whole.stdout)
     earliest = last - 150 if function == "finish" else 1
-    moments = [draw.randrange(earliest, last - 2) for _ in range(num_kills)]
+    # A run that goes on has less to do, so the kills in its midst come early in each.
+    latest = last - 2 if function == "finish" else last // num_kills
+    moments = [draw.randrange(earliest, latest) for _ in range(num_kills)]
     for moment in moments:
-        killed = run(prefix, moment)
+        killed = child(prefix, moment)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         if is_finished(prefix):
-            assert outputs(prefix) == expected  # killed after the last rename
+            left = {k: v for k, v in outputs(prefix).items() if not k.endswith(".partial")}
+            assert left == expected  # killed after the last rename
             (prefix.parent / "ds.idx").unlink()
         else:
             with pytest.raises(UserError):
                 TokenStore(prefix)
-    again = run(prefix, FOREVER)
+    again = child(prefix, FOREVER)
     assert again.returncode == 0, again.stderr
     assert outputs(prefix) == expected

@@ -119,6 +119,9 @@ class TokenStore:
         self.info: dict[str, Any] | None = self._read_info(info_path) if info_path.exists() else None
         if not lazy:
             self._check_digest()
+        vocabulary = (self.info or {}).get("tokenizer", {}).get("vocab_size", 0)
+        if vocabulary and (self.dtype.kind not in "iu" or vocabulary - 1 > np.iinfo(self.dtype).max):
+            raise self._corrupt(f"its dtype {self.dtype.name} does not hold {vocabulary} ids")
 
     # -- opening and checking ------------------------------------------------------------
 

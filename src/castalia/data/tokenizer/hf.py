@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,19 @@ class HFTokenizer:
     def __reduce__(self) -> tuple[type[HFTokenizer], tuple[bytes]]:
         return HFTokenizer, (self._content,)
 
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The file's content, parsed, without truncation and padding; what it leaves out is None."""
+        defaults = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+        content = {**defaults, "added_tokens": [], **json.loads(self._content)}
+        return content | {"truncation": None, "padding": None}
+
+    def plain_file(self) -> str:
+        """The file without truncation and padding."""
+        state = json.loads(self._content)
+        changed = state.get("truncation") is not None or state.get("padding") is not None
+        return json.dumps(self.state) if changed else self._content.decode()
+
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._content).hexdigest()
         return {"type": self.kind, "sha256": digest, "vocab_size": self.vocab_size, "eod": self.eod}
@@ -79,7 +93,7 @@ class HFTokenizer:
         away, or a space put in front (`add_prefix_space`). With NFC, as in GPT-NeoX-20B's file,
         the bytes are those of the normalised text.
         """
-        if not lossless.is_lossless(json.loads(self.tokenizer.to_str())):
+        if not lossless.is_lossless(self.state):
             return None
         added = self.tokenizer.get_added_tokens_decoder()
         length = lossless.byte_level_length if self.is_byte_level() else lossless.piece_length
@@ -100,7 +114,7 @@ class HFTokenizer:
 
     def is_byte_level(self) -> bool:
         """Whether vocabulary entries are spelled in GPT-2's alphabet of bytes."""
-        return lossless.names_type(json.loads(self.tokenizer.to_str())["decoder"], "ByteLevel")
+        return lossless.names_type(self.state["decoder"], "ByteLevel")
 
     def splits_at_lines(self) -> bool:
         """Whether a text may be cut before a newline between two letters without changing its ids.
@@ -109,7 +123,7 @@ class HFTokenizer:
         join a newline to a letter before or after it. NFC does not reach across a newline
         either. Used to tokenise a long text in parts.
         """
-        state = json.loads(self.tokenizer.to_str())
+        state = self.state
         stages = lossless.flatten(state["pre_tokenizer"])
         level = stages[0] if len(stages) == 1 else {}
         return (
