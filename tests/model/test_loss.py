@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from castalia.model.loss import IGNORED, linear_cross_entropy, token_nll
+from castalia.model.loss import IGNORED, linear_cross_entropy, loss_sums, token_nll
 
 
 def _case(tokens=37, hidden=16, vocab=101, ignored=(0, 5, 36)):
@@ -83,3 +83,30 @@ def test_token_nll_matches_and_keeps_shape():
     assert nll.shape == (4, 9)
     torch.testing.assert_close(nll, reference, rtol=1e-5, atol=1e-6)
     assert nll[0, 3] == 0
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_in_fp64_with_z_loss_and_bias(z_loss, with_bias):
+    """The whole loss against autograd's finite differences, masked labels and several chunks included."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((7, 5), (11, 5), (11,))
+    )
+    labels = torch.tensor([0, 10, -100, 3, 4, -100, 2])
+
+    def loss(hidden, weight, bias):
+        given = bias if with_bias else None
+        return loss_sums(hidden, weight, labels, bias=given, scale=0.5, z_loss=z_loss, chunk_size=3).scaled
+
+    assert torch.autograd.gradcheck(lambda h, w, b: loss(h, w, b) + 0 * b.sum(), (hidden, weight, bias))
+    sums = loss_sums(hidden, weight, labels, bias=bias if with_bias else None, z_loss=z_loss)
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    squares = logits.logsumexp(1).square()[labels >= 0].sum()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(sums.nll, expected.detach())
+    torch.testing.assert_close(sums.z_squares, squares.detach())
+    torch.testing.assert_close(sums.scaled, expected + z_loss * squares)
+    nll = token_nll(hidden, weight, labels, bias=bias if with_bias else None)
+    assert nll.sum().item() == pytest.approx(expected.item(), rel=1e-6)
