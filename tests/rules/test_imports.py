@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": LAYER_1,
     "model": LAYER_1,
     "optim": LAYER_1,
-    "parallel": LAYER_2,
+    "parallel": (*LAYER_2, "checkpoint.tensors"),
     "checkpoint": LAYER_2,
     "convert": ("config", "model", "data.tokenizer", "checkpoint"),
     "generate": ("config", "model", "data.tokenizer", "checkpoint"),

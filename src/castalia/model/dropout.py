@@ -38,6 +38,7 @@ class DropoutKey:
         seed: the run's.
         step: the optimizer step.
         sample_ids: int64 `[B]`, the global number of each row's sample.
+        first_row: number of the first token that is held, where the sequence is shared out over ranks.
         streams: int64 `[B]`, all three mixed; what a forward pass reads, so that a compiled one sees
             a tensor and not a number that changes at every step.
     """
@@ -45,6 +46,7 @@ class DropoutKey:
     seed: int
     step: int
     sample_ids: Tensor
+    first_row: int = 0
     streams: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ def dropout(x: Tensor, share: float, key: DropoutKey | None, place: str, layer: 
     """
     if key is None or share == 0.0:
         return x
-    rows = torch.arange(x[0].numel() // x.shape[-1], device=x.device)
+    rows = torch.arange(key.first_row, key.first_row + x[0].numel() // x.shape[-1], device=x.device)
     columns = torch.arange(x.shape[-1], device=x.device)
     return drop_elements(x, share, key, place, layer, rows, columns)
 

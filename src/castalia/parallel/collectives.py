@@ -63,14 +63,14 @@ def _all(x: Tensor, dim: int, group: Any) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(dist.get_world_size(group) * first.shape[0], *first.shape[1:])
     dist.all_gather_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def _mine_of_sum(x: Tensor, dim: int, group: Any) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(first.shape[0] // dist.get_world_size(group), *first.shape[1:])
     dist.reduce_scatter_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out.movedim(0, dim).contiguous()
 
 
 def _mine(x: Tensor, dim: int, group: Any) -> Tensor:

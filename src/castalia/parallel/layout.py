@@ -104,12 +104,14 @@ def check_layout(config: Config, layout: Layout) -> None:
     _check_batch(config, layout)
     if layout.tensor > 1:
         _check_tensor(config.model, layout, config.data.seq_length)
-    if layout.context > 1 and config.data.seq_length % layout.context:
-        raise UserError(
-            f"data.seq_length {config.data.seq_length} does not divide by parallel.context {layout.context}: change one"
-        )
+    if layout.context > 1:
+        _check_context(config, layout)
     if layout.pipeline > 1:
         _check_pipeline(config, layout)
+    if layout.world > 1 and (config.logging.norms or config.logging.zero_gradients):
+        raise UserError("logging.norms and logging.zero_gradients look at one process's weights: leave them out")
+    if layout.world > 1 and config.model.soft_prompt_text is not None and (layout.zero or layout.tensor > 1):
+        raise UserError("model.soft_prompt_text needs whole tables: set parallel.zero=0 and parallel.tensor=1")
     if config.performance.compile and (layout.zero or layout.tensor > 1 or layout.pipeline > 1 or layout.context > 1):
         raise UserError(
             "performance.compile works on one device and with plain data parallelism so far: "
@@ -150,6 +152,23 @@ def _check_tensor(model: ModelConfig, layout: Layout, seq_length: int) -> None:
             + (f" x parallel.context {layout.context}" if layout.context > 1 else "")
             + ": change one, or set parallel.sequence=false"
         )
+
+
+def _check_context(config: Config, layout: Layout) -> None:
+    if config.data.seq_length % layout.context:
+        raise UserError(
+            f"data.seq_length {config.data.seq_length} does not divide by parallel.context {layout.context}: change one"
+        )
+    model = config.model
+    for key, there in (
+        ("model.soft_prompt_tokens", model.soft_prompt_tokens),
+        ("model.moe_num_experts", model.moe_num_experts),
+        ("model.mtp_depth", model.mtp_depth),
+    ):
+        if there:
+            raise UserError(f"{key} needs whole sequences on each rank: set parallel.context=1")
+    if config.loss.normalisation != "tokens":
+        raise UserError("loss.normalisation micro_batch_mean needs whole sequences: set parallel.context=1")
 
 
 def _check_pipeline(config: Config, layout: Layout) -> None:

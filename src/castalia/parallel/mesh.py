@@ -10,7 +10,7 @@ uses a mesh is the same on one process, where torch.distributed is never started
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 GRADIENT_AXES = ("replicate", "shard", "context")
 """Ranks along these see different tokens with the same weights."""
 
@@ -46,7 +47,13 @@ class Mesh:
 
             self._all = init_device_mesh(world.device.type, layout.sizes, mesh_dim_names=AXES)
             # Every rank must make every group, in one order.
-            for axes in (*((axis,) for axis in AXES), GRADIENT_AXES, AXES, ("shard", "context")):
+            for axes in (
+                *((axis,) for axis in AXES),
+                GRADIENT_AXES,
+                AXES,
+                ("shard", "context"),
+                ("replicate", "shard"),
+            ):
                 self._groups[axes] = self._make(axes)
 
     def _make(self, axes: tuple[str, ...]) -> ProcessGroup | None:
@@ -94,6 +101,26 @@ class Mesh:
         if group is None:
             return list(values)
         return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device), *axes).tolist()
+
+    def agreed(self, signals: list[int]) -> list[int]:
+        """The signals that this rank has caught; if it has none, one that another has caught."""
+        if self.world.size == 1:
+            return signals
+        import torch.distributed as dist
+
+        most = torch.tensor(max(signals, default=0), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return signals or [int(most)] * bool(most)
+
+    def from_first(self, value: T) -> T:
+        """What the first rank has, on every rank; pickled."""
+        if self.world.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def sum_tensor(self, value: Tensor, *axes: str) -> Tensor:
         """A tensor, summed in place over the ranks along the axes; returned."""

@@ -74,6 +74,10 @@ def wrap(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Place]:
         from castalia.parallel.tensor import spread
 
         spread(model, places, mesh.group("tensor"), mesh.index("tensor"), layout.sequence)
+    if layout.context > 1:
+        from castalia.parallel.context import spread_sequence
+
+        spread_sequence(model, mesh)
     if layout.zero:
         from castalia.parallel.shards import shard
 

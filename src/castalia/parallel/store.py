@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.checkpoint import Piece
+from castalia.checkpoint.tensors import Piece
 from castalia.optim import WeightStore
 from castalia.optim.weights import sum_of_squares
 from castalia.parallel.layout import AXES

@@ -13,7 +13,8 @@ have their inputs exchanged by hooks. No forward is rewritten.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.errors import UserError
+from castalia.model.attention import Core
+from castalia.model.attention_mask import Drop, MaskSpec
 from castalia.model.norms import wide
 from castalia.model.transformer import Transformer
 from castalia.parallel import collectives
@@ -70,6 +73,28 @@ class VocabularyEmbedding(nn.Embedding):
         here = (row >= 0) & (row < self.weight.shape[0])
         found = F.embedding(row.clamp(0, self.weight.shape[0] - 1), self.weight)
         return collectives.total(wide(found) * here.unsqueeze(-1), self._group)
+
+
+class SomeHeads:
+    """An attention core for the heads that a rank holds: masks, biases and dropout are those of their numbers.
+
+    Args:
+        core: that computes.
+        first, count: the query heads held here.
+    """
+
+    def __init__(self, core: Core, first: int, count: int) -> None:
+        self._core, self._first, self._count = core, first, count
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, drop: Drop | None = None, scale: float | None = None
+    ) -> Tensor:
+        """See castalia.model.attention.Core."""
+        if "heads" not in mask.memo:  # once for all layers that share the mask
+            mask.memo["heads"] = mask.heads(self._first, self._count)
+        if drop is not None:
+            drop = replace(drop, first_head=self._first)
+        return self._core(q, k, v, cast(MaskSpec, mask.memo["heads"]), drop, scale)
 
 
 class Vocabulary:
@@ -136,11 +161,15 @@ def _spread_block(block: Any, group: Group, ranks: int, rank: int, sequence: boo
 
     def share_tokens(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x, layer, context = inputs
-        return (collectives.split(x, SEQUENCE, group) if layer == 0 else x, layer, context)
+        x = collectives.split(x, SEQUENCE, group) if layer == 0 else x
+        if context.dropout is not None:
+            first = context.dropout.first_row + rank * x.shape[SEQUENCE]
+            context = context._replace(dropout=replace(context.dropout, first_row=first))
+        return x, layer, context
 
     attention, mlp = block.attention, block.mlp
-    attention.first_head = rank * attention.n // ranks
     attention.n, attention.k = attention.n // ranks, attention.k // ranks
+    attention.core = SomeHeads(attention.core, rank * attention.n, attention.n)
     attention.out = RowLinear(attention.out, group, sequence)
     mlp.down = RowLinear(mlp.down, group, sequence)
     for part in (attention, mlp):

@@ -15,7 +15,7 @@ from castalia.config import Config
 from castalia.model.transformer import Transformer, build_model
 from castalia.optim import WeightStore, make_store
 from castalia.parallel.layout import check_layout
-from castalia.parallel.mesh import GRADIENT_AXES, Mesh
+from castalia.parallel.mesh import Mesh
 from castalia.parallel.plans import Place
 from castalia.train.engine import Engine, LocalEngine
 
@@ -38,7 +38,7 @@ class Assembled:
 
     def count(self, tokens: int) -> int:
         """Tokens of the global batch, of which this rank has so many."""
-        return int(self.mesh.sum([tokens], *GRADIENT_AXES)[0])
+        return int(self.mesh.sum([tokens], "replicate", "shard")[0])
 
     def part(self, name: str, tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
         """A copy of what this rank holds of a parameter (or of its gradient) as a NumPy array, and where it begins."""

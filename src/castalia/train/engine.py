@@ -20,10 +20,12 @@ from castalia.config import LossConfig
 from castalia.data.loader import Batch
 from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey
-from castalia.model.loss import LossSums, VocabularyShard, loss_sums
+from castalia.model.loss import LossSums, VocabularyShard
 from castalia.model.moe import MoE
+from castalia.model.registry import LOSSES, look_up
 from castalia.model.transformer import Transformer
 from castalia.optim import WeightStore
+from castalia.parallel.context import stretch
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh, local_mesh
 from castalia.train.auxiliary import Auxiliary
 
@@ -92,6 +94,7 @@ class LocalEngine:
         cfg = model.cfg
         self.drops = cfg.hidden_dropout > 0 or cfg.attention_dropout > 0 or cfg.moe_jitter > 0
         self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0
+        self.loss_sums = look_up(LOSSES, loss.function, "loss.function")
         self._experts: dict[int, Tensor] = {}
 
         def hidden(
@@ -100,9 +103,10 @@ class LocalEngine:
             positions: Tensor | None,
             dropout: DropoutKey | None,
             collects: bool,
+            doc_ids: Tensor | None,
         ) -> tuple[Tensor, Collected]:
             collected = Collected()
-            given = (tokens, positions, None, dropout, collected if collects else None)
+            given = (tokens, positions, None, dropout, collected if collects else None, doc_ids)
             out: Tensor = functional_call(model, weights, given)
             return out, collected
 
@@ -119,6 +123,7 @@ class LocalEngine:
         all_rows = sum(len(batch.tokens) for batch in micro_batches) * self.mesh.layout.data
         for number, batch in enumerate(micro_batches):
             self.store.prepare(number == 0, number == len(micro_batches) - 1)
+            batch = stretch(batch, self.mesh)
             valid = batch.num_tokens
             # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
             scale = 1.0 / (max(global_tokens, 1) if by_tokens else all_micro_batches * max(valid, 1))
@@ -151,7 +156,7 @@ class LocalEngine:
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """See Engine."""
         nll, tokens = 0.0, 0
-        for batch in micro_batches:
+        for batch in (stretch(batch, self.mesh) for batch in micro_batches):
             nll += self._loss(batch, 1.0)[0].nll.item()
             tokens += batch.num_tokens
         nll, count = self.mesh.sum([nll, tokens], *GRADIENT_AXES)
@@ -165,22 +170,26 @@ class LocalEngine:
             return None
         if batch.sample_ids is None:
             raise ValueError("dropout depends on the numbers of the samples, and this batch does not carry them")
-        return DropoutKey(self.seed, step, batch.sample_ids.to(self.device))
+        first = self.mesh.index("context") * batch.tokens.shape[1]
+        return DropoutKey(self.seed, step, batch.sample_ids.to(self.device), first)
 
     def _loss(
         self, batch: Batch, scale: float, dropout: DropoutKey | None = None, collects: bool = False
     ) -> tuple[LossSums, Collected, Callable[[Tensor, Tensor], LossSums]]:
         """The losses of a micro-batch, what its forward pass collected, and what made losses of hidden states."""
         weights = self.store.working()
-        # Positions are the default 0 .. S-1 unless documents are kept apart.
-        positions = None if batch.doc_ids is None else batch.positions.to(self.device)
-        hidden, collected = self._hidden(weights, batch.tokens.to(self.device), positions, dropout, collects)
+        # Positions are the default 0 .. S-1 unless documents are kept apart, or ranks share sequences.
+        default = batch.doc_ids is None and self.mesh.layout.context == 1
+        positions = None if default else batch.positions.to(self.device)
+        # Documents stay where the loader made them: kernels plan by them without waiting for the device.
+        tokens = batch.tokens.to(self.device)
+        hidden, collected = self._hidden(weights, tokens, positions, dropout, collects, batch.doc_ids)
         cfg, model = self.loss, self.model
         matrix = weights[model.head_name] if weights else model.head_weight
         bias = weights.get("head.bias") if weights else model.head_bias
 
         def head(hidden: Tensor, labels: Tensor) -> LossSums:
-            return loss_sums(
+            return self.loss_sums(
                 hidden,
                 matrix,
                 labels,

@@ -43,6 +43,7 @@ def evaluate(run: Run, split: str) -> Record | None:
                 yield batch
 
     stats = run.engine.evaluate(batches())
+    count.bytes, count.characters = map(int, run.mesh.sum([count.bytes, count.characters], "replicate", "shard"))
     record = run.metrics.write(
         split,
         run.step,

@@ -57,7 +57,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             lr = learning_rate(run.updates, cfg.optimizer.lr, cfg.schedule, steps)
 
             # One step.
-            tokens = sum(batch.num_tokens for batch in micro_batches)
+            tokens = run.parts.count(sum(batch.num_tokens for batch in micro_batches))
             stats = run.engine.forward_backward(micro_batches, tokens, spec.step)
             norm = run.store.gradient_norm()
             grad_norm = norm.item()
@@ -77,20 +77,21 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 
             # Once in a while.
             last = run.step == steps
+            stop = run.mesh.agreed(caught)
             leave = cfg.training.exit_interval is not None and run.step % cfg.training.exit_interval == 0
             # The state first: whoever sent a signal may not wait for a long validation.
-            saved = bool(caught) or last or leave or saves(run.step, cfg.checkpoint)
+            saved = bool(stop) or last or leave or saves(run.step, cfg.checkpoint)
             if saved:
-                run.save(required=bool(caught) or last or leave)
-            if not caught:
+                run.save(required=bool(stop) or last or leave)
+            if not stop:
                 _evaluate_if_due(run)
                 for callback in callbacks:
                     callback(run)
-            if caught and not saved:
+            if stop and not saved:
                 run.save()
-            if caught or (leave and not last):
+            if stop or (leave and not last):
                 why = f"training.exit_interval {cfg.training.exit_interval}"
-                why = signal.Signals(caught[0]).name if caught else why
+                why = signal.Signals(stop[0]).name if stop else why
                 raise Stopped(f"stopped by {why} after step {run.step}; the same command goes on from there")
             started = time.perf_counter()
         if cfg.evaluation.test_at_end and not run.tested:
@@ -132,7 +133,9 @@ def _check_skips(run: Run, skipped: int, step: int, loss: float, grad_norm: floa
             "or leave such steps out with training.nonfinite=skip"
         )
     if skipped >= SKIPS_AT_MOST:
-        raise Diverged(f"{what}, as in the {skipped - 1} steps before; {saved}: lower optimizer.lr, or look at the data")
+        raise Diverged(
+            f"{what}, as in the {skipped - 1} steps before; {saved}: lower optimizer.lr, or look at the data"
+        )
 
 
 @contextmanager

@@ -46,7 +46,9 @@ class Metrics:
         warn: told when that happens.
     """
 
-    def __init__(self, file: MetricsFile, others: Sequence[MetricsSink], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, file: MetricsFile | Unwritten, others: Sequence[MetricsSink], warn: Callable[[str], None]
+    ) -> None:
         self._file, self._others, self._warn = file, list(others), warn
 
     def write(self, kind: str, step: int, **values: Any) -> Record:
@@ -68,6 +70,18 @@ class Metrics:
         failed = kind is not None and not issubclass(kind, Stopped)
         for sink in (self._file, *self._others):
             sink.close(failed=failed)
+
+
+class Unwritten:
+    """In place of metrics.jsonl where another process writes it."""
+
+    kept: Sequence[Record] = ()
+
+    def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def close(self, failed: bool = False) -> None:
+        """Nothing."""
 
 
 class MetricsFile:

@@ -28,17 +28,18 @@ from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul
 from castalia.model.soft_prompt import prompt_from_tokens
-from castalia.model.transformer import build_model
-from castalia.optim import make_store
-from castalia.parallel.world import peak_memory
+from castalia.parallel.layout import layout_of
+from castalia.parallel.mesh import Mesh
+from castalia.parallel.world import joined, peak_memory
+from castalia.train.assemble import assemble
 from castalia.train.console import Console, human
-from castalia.train.engine import LocalEngine, StepStats
+from castalia.train.engine import StepStats
 from castalia.train.environment import environment
 from castalia.train.evaluation import evaluate
 from castalia.train.folder import made_folder, write_files
 from castalia.train.loop import Callback, Stopped, train_loop
 from castalia.train.machine import measure_matmul_flops
-from castalia.train.metrics import Metrics, MetricsFile, Record
+from castalia.train.metrics import Metrics, MetricsFile, Record, Unwritten
 from castalia.train.norms import Norms
 from castalia.train.output import copied_output
 from castalia.train.preflight import prepare_run
@@ -115,7 +116,7 @@ class Run:
         self.steps = self.config.training.steps or 0
         self.step_tokens = self.config.training.batch_size * self.config.data.seq_length
         self.directory = Path(self.config.run_dir)
-        self.console = Console(self.steps, self.step_tokens, quiet=quiet)
+        self.console = Console(self.steps, self.step_tokens, quiet=quiet or not self.first)
         self.step = self.updates = self.tokens = 0
         self.journal: tuple[Amendment, ...] = ()
         self.resumed = False
@@ -126,8 +127,11 @@ class Run:
 
     def __enter__(self) -> Run:
         with ExitStack() as opened:  # whatever goes wrong in here, the folder must not stay locked
-            opened.enter_context(made_folder(self.directory))
-            opened.enter_context(RunLock(self.directory))
+            if self.first:
+                opened.enter_context(made_folder(self.directory))
+                opened.enter_context(RunLock(self.directory))
+            opened.enter_context(joined(self.world))
+            self.mesh = Mesh(layout_of(self.config.parallel, self.world.size), self.world)
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             if self.config.logging.log_dir is not None:
@@ -136,6 +140,11 @@ class Run:
             opened.enter_context(self._open_metrics(begun))
             self._opened = opened.pop_all()
         return self
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks for all."""
+        return self.world.rank == 0
 
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
@@ -175,7 +184,7 @@ class Run:
             grad_norm=grad_norm,
             skipped=self.step - self.updates or None,
             tokens_per_second=rate,
-            mfu=rate * self.size.flops_per_token / self.peak_flops,
+            mfu=rate * self.size.flops_per_token / (self.peak_flops * self.world.size),
             seconds=self.seconds(),
             peak_memory=peak_memory(self.world.device),
             **stats.aux,
@@ -260,7 +269,7 @@ class Run:
         """This rank's loader over a data set."""
         cfg = self.config
         eod = self.tokenizer.eod if self.tokenizer else None
-        shard = Shard(self.world.rank, self.world.size)
+        shard = Shard(self.mesh.data_rank, self.mesh.layout.data)
         return Loader(
             dataset,
             plan,
@@ -278,9 +287,8 @@ class Run:
         if cfg.performance.threads:
             torch.set_num_threads(cfg.performance.threads)
         self.matmul = choose_fp32_matmul(self.world.device)
-        self.model = build_model(cfg.model, cfg.training.seed, self.world.device)
-        self.store = make_store(self.model, cfg.optimizer, cfg.training.precision, cfg.performance.arena)
-        self.engine = LocalEngine(self.model, self.store, cfg.loss, cfg.performance.compile, cfg.training.seed)
+        self.parts = assemble(cfg, self.mesh)
+        self.model, self.store, self.engine = self.parts.model, self.parts.store, self.parts.engine
         self.norms = Norms(cfg.logging)
         self.resumed = resume(self)
         begun = None if self.resumed else begin(self)
@@ -298,10 +306,13 @@ class Run:
 
     def _open_metrics(self, begun: Begun | None) -> Metrics:
         """Write the folder's files, open what takes records, and say how the run begins."""
-        write_files(self.directory, self.config, self._sources, self.facts, self.tokenizer)
-        file = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
+        file: MetricsFile | Unwritten = Unwritten()
+        if self.first:
+            write_files(self.directory, self.config, self._sources, self.facts, self.tokenizer)
+            file = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
+        kept = self.mesh.from_first(file.kept)
         if self.resumed:
-            self.last = {r["kind"]: r for r in file.kept if r.get("kind") in ("train", "valid", "test")}
+            self.last = {r["kind"]: r for r in kept if r.get("kind") in ("train", "valid", "test")}
         sinks = [self.console, *make_sinks(self.config, self.directory, self.world, self.step)]
         self.metrics = Metrics(file, sinks, self.console.say)
         if begun is not None:
@@ -324,13 +335,16 @@ class Run:
             say(f"  {line}")
         unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
         if unsaid:
-            say(f"  {unsaid} settings were translated or follow from others: --verbose or `castalia config check` says how")
+            say(
+                f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`"
+            )
         unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
             f"{cfg.name}: {human(size.total_parameters)} parameters "
             f"({human(size.non_embedding_parameters)} without embeddings), "
             f"{human(self.steps * self.step_tokens)} tokens in {self.steps} steps, "
             f"{cfg.training.precision} on {self.world.device}"
+            + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )
         say(f"MFU is the share of this machine's rate of matrix products, {human(self.peak_flops, ' ')}FLOP/s {unit}")
         for sentence in self.warnings:

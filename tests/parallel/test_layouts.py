@@ -1,0 +1,95 @@
+"""Pairs of layout and model against one process, by the machinery of `castalia verify layouts`."""
+
+import re
+
+import pytest
+
+from castalia.errors import UserError
+from castalia.parallel.layout import Layout, check_layout, layout_of
+from castalia.parallel.plans import bounds, entry
+from castalia.tools.verify import shrink, verify_layouts, with_settings
+
+DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
+# Each layout with what could go wrong in it; the whole matrix is `castalia.tools.certify layouts`.
+PAIRS = {
+    "dp2": DROPOUT,
+    "zero1": ("model.tie_embeddings=true",),
+    "zero2": ("model.norm=rmsnorm", "training.nonfinite=skip"),
+    "zero3": ("model.num_unique_layers=3",),
+    "hsdp": (),
+    "tp2": (*DROPOUT, "model.position=alibi", "model.tie_embeddings=true"),
+    "tp2sp": (*DROPOUT, "model.residual=parallel", "model.activation=swiglu"),
+    "cp2": (*DROPOUT, "model.position=rpe", "model.num_kv_heads=4"),
+    "zero3cp2tp2": ("model.position=learned", "model.qk_norm=true", "model.norm=rmsnorm"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_layout_trains_as_one_process(config_of, name):
+    (verdict,) = verify_layouts(config_of(*PAIRS[name]), [name])
+    assert verdict.good, verdict
+
+
+def test_zero_in_bf16_rounds_as_one_process(config_of):
+    (verdict,) = verify_layouts(config_of("training.precision=bf16"), ["zero3"])
+    assert verdict.good, verdict
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "first"),
+    [
+        ("dropped_all_reduce", "dp2", r"embedding\.weight \(gradients\)"),
+        ("dropped_all_reduce", "tp2sp", r"layers\.0\.attention_norm\.\w+ \(gradients\)"),
+        ("averaged_loss", "dp2", r"embedding\.weight \(gradients\)"),
+        ("wrong_shard", "tp2", r"embedding\.weight \(gradients\)|layers\.[01]\..*"),
+    ],
+)
+def test_planted_faults_are_found_and_named(config_of, fault, name, first):
+    (verdict,) = verify_layouts(config_of(), [name], fault=fault)
+    assert not verdict.good and verdict.first is not None and re.fullmatch(first, verdict.first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "text"),
+    [
+        ({"tensor": 3, "procs": 3}, (), "model.num_attention_heads 8 does not divide by parallel.tensor 3"),
+        ({"tensor": 8, "procs": 8}, ("model.num_kv_heads=4",), "model.num_kv_heads 4 does not divide"),
+        ({"tensor": 4, "procs": 6}, (), "does not divide 6 processes"),
+        ({"procs": 3}, (), "training.batch_size 16 does not divide"),
+        ({"zero": 3, "shard": 3, "procs": 4}, (), "parallel.shard 3 does not divide the 4"),
+        ({"context": 3, "procs": 3}, (), "data.seq_length 32 does not divide by parallel.context 3"),
+        ({"tensor": 2, "procs": 2, "performance.compile": True}, (), "performance.compile"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_starts(config_of, settings, overrides, text):
+    small = shrink(config_of(*overrides))
+    procs = settings.pop("procs")
+    spread = with_settings(small, settings)
+    with pytest.raises(UserError, match=re.escape(text)):
+        check_layout(spread, layout_of(spread.parallel, procs))
+
+
+def test_an_unknown_layout_is_refused(config_of):
+    with pytest.raises(UserError, match="layout 'dp' is not known"):
+        verify_layouts(config_of(), ["dp"])
+
+
+def test_a_parameter_without_a_plan_is_refused():
+    assert entry("layers.17.attention.qkv.bias") == 0
+    with pytest.raises(UserError, match=r"no plan for cutting layers\.3\.other\.weight"):
+        entry("layers.3.other.weight")
+
+
+def test_ranks_are_numbered_with_tensor_ranks_side_by_side():
+    layout = Layout(pipeline=2, replicate=1, shard=3, context=1, tensor=2)
+    places = [layout.coordinate(rank) for rank in range(layout.world)]
+    assert layout.world == 12 and len({tuple(p.items()) for p in places}) == 12
+    assert places[1] == {"tensor": 1, "context": 0, "shard": 0, "replicate": 0, "pipeline": 0}
+    assert places[6]["pipeline"] == 1 and places[2]["shard"] == 1
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(67, 4), (8, 8), (3, 2)])
+def test_bounds_cover_everything_once(size, ranks):
+    shares = [range(*bounds(size, ranks, rank)) for rank in range(ranks)]
+    assert [i for share in shares for i in share] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
