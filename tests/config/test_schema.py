@@ -48,7 +48,7 @@ from castalia.errors import UserError
             "model: {vocab_size: 4611686018427387904}",
             "f.yml:1: model.vocab_size makes a matrix of 4611686018427387904 x",
         ),
-        ("model: {num_layers: 10000000}", "model.num_layers 10000000 is beyond a million"),
+        ("model: {num_layers: 10000000}", "model.num_layers 10000000 is beyond 10000"),
         (
             "model: {position: learned, position_offset: 2, max_position_embeddings: 512}",
             "data.seq_length 512 with model.position_offset 2 is beyond model.max_position_embeddings 512",

@@ -8,9 +8,11 @@ raised is our defect and keeps its traceback (docs/contracts.md, section 2).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from castalia import __version__
 from castalia.errors import UserError
@@ -34,9 +36,29 @@ VERBS = {
 }
 
 
+# Arguments that are places of files.
+_PATHS = ("output", "folder", "corpus", "data", "run", "hostfile")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving."""
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            from difflib import get_close_matches
+
+            flag = message.split(": ", 1)[1].split()[0].partition("=")[0]
+            near = get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(f"{message}; {hint}`{self.prog} --help` lists the arguments")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _usable_output()
     parser = argparse.ArgumentParser(
         prog="castalia",
         usage="castalia VERB [A.yml ...] [key=value ...] [--flag ...]",
@@ -51,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 2
+    if argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        return _fail(f"unknown flag '{argv[0]}'; a verb comes first, and `castalia --help` lists them", 2)
     verb = parser.parse_args(argv[:1]).verb
     if verb not in VERBS:
         from difflib import get_close_matches
@@ -58,11 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = get_close_matches(verb, VERBS, 1)
         hint = f"did you mean '{near[0]}'?" if near else "`castalia --help` lists the verbs"
         return _fail(f"unknown verb '{verb}'; {hint}", 2)
-    module = import_module(f"castalia.cli.{verb}")
-    inner = argparse.ArgumentParser(prog=f"castalia {verb}", description=VERBS[verb])
-    module.arguments(inner)
     try:
-        return int(module.run(inner.parse_intermixed_args(argv[1:]) if _mixable(inner) else inner.parse_args(argv[1:])))
+        _check_arguments(argv)
+        module = import_module(f"castalia.cli.{verb}")
+        inner = Parser(prog=f"castalia {verb}", description=VERBS[verb])
+        module.arguments(inner)
+        args = inner.parse_intermixed_args(argv[1:]) if _mixable(inner) else inner.parse_args(argv[1:])
+        for name, value in vars(args).items():
+            if name in _PATHS and isinstance(value, str):  # a shell expands `~` at the start of a word alone
+                setattr(args, name, os.path.expanduser(value))
+        return int(module.run(args))
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output has gone, as in `castalia ... | head`
@@ -74,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror}: mend that, or choose another place", 2)
     except MemoryError as error:
         return _fail(f"not enough memory{f' ({error})' if str(error) else ''}: ask for smaller sizes", 2)
+    except RuntimeError as error:  # torch's word for the same, on a CPU and on other devices
+        if "can't allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("not enough memory: ask for smaller sizes, for example training.micro_batch_size", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -82,6 +115,25 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional arguments -> (configuration files, overrides): whatever holds a `=` is an override."""
     files = [a for a in arguments if "=" not in a]
     return files, [a for a in arguments if "=" in a]
+
+
+def _usable_output() -> None:
+    """Make standard output and error take any text: closed ones swallow it, narrow encodings escape it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_arguments(argv: Sequence[str]) -> None:
+    """Refuse arguments that are no text in this locale: they could be neither printed nor written down."""
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the argument {argument!a} is not valid text (UTF-8 is expected): retype it") from None
 
 
 def _mixable(parser: argparse.ArgumentParser) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castalia.cli import split_settings
@@ -30,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
     check = verbs.add_parser("check", help="say whether files are right, and what follows from them")
     check.add_argument("settings", nargs="+", metavar=SETTINGS)
+    check.add_argument(
+        "--settings-only", action="store_true", help="do not look for the data, the tokenizer, the device, the memory"
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
     diff = verbs.add_parser("diff", help="what differs between two configurations, and what the difference changes")
@@ -40,9 +44,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("settings", nargs="+", metavar=SETTINGS)
     convert.add_argument("--minimal", action="store_true", help="leave out what has its default")
     convert.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+    convert.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
     schema = verbs.add_parser("schema", help="the JSON Schema, by which editors complete keys")
     schema.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+    schema.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,11 +56,22 @@ def run(args: argparse.Namespace) -> int:
     return _WHAT[args.what](args)
 
 
+def _settings(given: list[str]) -> tuple[list[str], list[str]]:
+    """Files and overrides; a run's folder stands for its config.yaml."""
+    files, overrides = split_settings(given)
+    return [_of_run(name) for name in files], overrides
+
+
+def _of_run(name: str) -> str:
+    path = Path(name, "config.yaml")
+    return str(path) if path.is_file() else name
+
+
 def _show(args: argparse.Namespace) -> int:
     from castalia.config import load
     from castalia.config.render import to_yaml
 
-    config = load(*split_settings(args.settings))
+    config = load(*_settings(args.settings))
     if args.json:
         print(json.dumps(config.model_dump()))
     else:
@@ -66,7 +83,7 @@ def _explain(args: argparse.Namespace) -> int:
     from castalia.config import load
     from castalia.config.render import explain
 
-    print(explain(load(*split_settings(args.settings)), args.key))
+    print(explain(load(*_settings(args.settings)), args.key))
     return 0
 
 
@@ -75,14 +92,23 @@ def _check(args: argparse.Namespace) -> int:
     from castalia.config.derive import derive
     from castalia.tools.plan import tokenizer_vocabulary
 
-    config = load(*split_settings(args.settings))
-    full, derivation = derive(config, tokenizer_vocabulary(config))
+    config = load(*_settings(args.settings))
+    warnings: list[str] = []
+    if args.settings_only:
+        full, derivation = derive(config, tokenizer_vocabulary(config))
+    else:
+        from castalia.train.preflight import prepare_run
+
+        ready = prepare_run(config)
+        full, derivation, warnings = ready.config, ready.derivation, ready.warnings
     if args.json:
-        print(json.dumps({"notes": notes(config), "derivation": derivation, "config": full.model_dump()}))
+        answer = {"notes": notes(config), "derivation": derivation, "warnings": warnings}
+        print(json.dumps(answer | {"config": full.model_dump()}))
         return 0
-    for line in [*notes(config), *derivation]:
+    for line in [*notes(config), *derivation, *(f"WARNING: {warning}" for warning in warnings)]:
         print(line)
-    print("the configuration is right")
+    more = "; data, tokenizer, device and memory were not looked at" if args.settings_only else ""
+    print(f"the configuration is right{more}")
     return 0
 
 
@@ -111,8 +137,6 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _two_sides(settings: list[str]) -> tuple[list[str], tuple[Config, Config]]:
     """`A a=1 B b=2` -> both names, both derived configurations; a run's folder stands for its config.yaml."""
-    from pathlib import Path
-
     from castalia.config import load
     from castalia.config.derive import derive
     from castalia.errors import UserError
@@ -132,7 +156,7 @@ def _two_sides(settings: list[str]) -> tuple[list[str], tuple[Config, Config]]:
         raise UserError(f"a difference is between two configurations, and {len(names)} were named: give two")
     sides = []
     for name, more in zip(names, overrides, strict=True):
-        config = load([Path(name) / "config.yaml" if Path(name).is_dir() else name], more)
+        config = load([_of_run(name)], more)
         sides.append(derive(config, tokenizer_vocabulary(config))[0])
     return names, (sides[0], sides[1])
 
@@ -144,23 +168,26 @@ def _convert(args: argparse.Namespace) -> int:
     config = load(*split_settings(args.settings))
     text = converted(config, args.minimal)
     assert from_yaml(text).model_dump() == config.model_dump(), "the written file differs from what was read"
-    return _write(text, args.output)
+    return _write(text, args)
 
 
 def _schema(args: argparse.Namespace) -> int:
     from castalia.config.json_schema import json_schema_text
 
-    return _write(json_schema_text(), args.output)
+    return _write(json_schema_text(), args)
 
 
-def _write(text: str, path: str | None) -> int:
+def _write(text: str, args: argparse.Namespace) -> int:
     """To a file, whole or not at all, or to standard output."""
-    if path is None:
+    if args.output is None:
         print(text, end="")
         return 0
     from castalia.config.files import write_text
+    from castalia.errors import UserError
 
-    write_text(path, text)
+    if Path(args.output).is_file() and not args.overwrite:
+        raise UserError(f"{args.output}: exists already: choose another name, or say --overwrite")
+    write_text(args.output, text)
     return 0
 
 

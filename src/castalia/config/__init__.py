@@ -1,6 +1,6 @@
 """The configuration: what a run is, checked and explained, without importing torch."""
 
-from castalia.config.load import load, notes, origins
+from castalia.config.load import load, notes, origins, remarks
 from castalia.config.schema import (
     CheckpointConfig,
     Config,
@@ -36,4 +36,5 @@ __all__ = [
     "load",
     "notes",
     "origins",
+    "remarks",
 ]

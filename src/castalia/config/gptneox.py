@@ -35,11 +35,13 @@ class Translation:
         values: by our dotted key.
         origins: where each was said, or whose default it is.
         notes: a line each: remarks on the whole, then every key that was given.
+        remarks: the first of them alone.
     """
 
     values: dict[str, Any]
     origins: dict[str, Origin]
     notes: list[str]
+    remarks: list[str]
 
 
 def normalise(key: str) -> str:
@@ -116,7 +118,7 @@ def translate(documents: Sequence[Document], overwrite: Mapping[str, Any] | None
     if Path(file).suffix and Path(file).stem:
         put("name", Path(file).stem, ["num_layers"])
         became["num_layers"].remove("name")
-    return Translation(values, origins, [*given.remarks, *_notes(given, values, became)])
+    return Translation(values, origins, [*given.remarks, *_notes(given, values, became)], list(given.remarks))
 
 
 def merge(documents: Sequence[Document], overwrite: Mapping[str, Any]) -> Given:

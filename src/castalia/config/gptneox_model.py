@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from castalia.config.gptneox_attention import ATTENTION_RULES
 from castalia.config.gptneox_given import Given, Rule, near
-from castalia.config.schema import MOST_LAYERS
 
 _WIDTH = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size")
 _NORMS = {
@@ -35,13 +35,6 @@ _INITS = {
         *("xavier_uniform", "xavier_normal", "orthogonal", "scaled_orthogonal"),
     )
 }
-# All that attention_config may say, of both versions.
-_KINDS = frozenset(
-    (
-        *("global", "local", "flash", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"),
-        *("gmlp", "amlp", "rwkv", "mamba"),
-    )
-)
 
 
 def norm(given: Given) -> str:
@@ -163,65 +156,12 @@ def soft_prompt(given: Given) -> dict[str, Any]:
     return {"tokens": tokens, "range": block.get("init_range") or 0.5, "text": text}
 
 
-def attention(given: Given) -> None:
-    """Check that every layer is global, or flash, which is the same function: full causal attention."""
-    layers = given.required("num_layers")
-    kinds = expand_attention(given, layers)
-    other = sorted({kind for kind in kinds if kind not in ("global", "flash")})
-    unknown = [kind for kind in other if kind not in _KINDS]
-    if unknown:
-        given.fail("attention_config", f"has the unknown kind '{unknown[0][:40]}'{near(unknown[0], _KINDS)}")
-    if other:
-        given.unsupported("attention_config", f"layers of kind {', '.join(other)}", "use global or flash in all")
-    window = given["sliding_window_width"]
-    if window is not None and window + 1 < given.required("seq_length"):
-        given.unsupported("sliding_window_width", "a sliding window", "remove it")
-
-
 def score_scaling(given: Given) -> None:
     """Dividing scores by the layer's number and multiplying back changes nothing, unless a bias comes in between."""
     if given["apply_query_key_layer_scaling"] and position(given) in ("rpe", "alibi"):
         given.unsupported(
             "apply_query_key_layer_scaling", "a bias of positions that grows with the layer's number", "leave it false"
         )
-
-
-def expand_attention(given: Given, layers: int) -> list[str]:
-    """The kind of each layer. As in GPT-NeoX, an item with "all" stands for every layer and ends the list."""
-    config = given["attention_config"]
-    if layers > MOST_LAYERS:
-        given.fail("num_layers", f"is {layers}, beyond {MOST_LAYERS}: make it smaller")
-    if config is None or layers < 1:
-        return ["global"] * max(layers, 0)
-    kinds: list[str] = []
-    for item in config:
-        if isinstance(item, str):
-            kinds.append(item)
-            continue
-        if not (isinstance(item, list) and len(item) == 2 and _is_words(item[0])):
-            given.fail("attention_config", f"has {str(item)[:60]}, which is neither a kind nor [[kinds], times]")
-        pattern, times = item
-        if times == "all":
-            if layers % len(pattern):
-                given.fail(
-                    "attention_config",
-                    f"repeats {len(pattern)} kinds over {layers} layers, which leaves a rest",
-                )
-            kinds = pattern * (layers // len(pattern))
-            break
-        if not isinstance(times, int) or times < 0 or times * len(pattern) > 10 * layers:
-            given.fail(
-                "attention_config",
-                f"repeats {pattern} {str(times)[:20]} times, but there are {layers} layers",
-            )
-        kinds += pattern * times
-    if len(kinds) != layers:
-        given.fail("attention_config", f"describes {len(kinds)} layers, but num_layers is {layers}")
-    return kinds
-
-
-def _is_words(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def vocab_multiple(given: Given) -> int | None:
@@ -265,6 +205,7 @@ def expert_size(given: Given) -> int:
 
 
 MODEL_RULES: tuple[Rule, ...] = (
+    *ATTENTION_RULES,
     Rule("model.norm", ("norm",), norm),
     *(Rule("model.norm_epsilon", (key,), _epsilon(key)) for key in _EPSILONS),
     Rule("model.qk_norm", ("use_qk_layernorm",), lambda g: g["use_qk_layernorm"]),

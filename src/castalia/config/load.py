@@ -37,6 +37,7 @@ __all__ = [
     "notes",
     "origins",
     "read_gptneox",
+    "remarks",
 ]
 
 COMMAND_LINE = Origin("command line")
@@ -49,6 +50,7 @@ class Tree:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def nested(self) -> dict[str, Any]:
         """The values as nested mappings, as pydantic wants them."""
@@ -93,7 +95,7 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
         overwrite = {key: value for key, value in given if gptneox.is_their_key(key) and key not in _KNOWN}
         given = [(key, value) for key, value in given if key not in overwrite]
         translation = gptneox.translate(documents, overwrite)
-        tree = Tree(translation.values, translation.origins, translation.notes)
+        tree = Tree(translation.values, translation.origins, translation.notes, translation.remarks)
     else:
         for document in documents:
             _merge(tree, document)
@@ -140,6 +142,11 @@ def notes(config: Config) -> list[str]:
     return config._notes
 
 
+def remarks(config: Config) -> list[str]:
+    """Those notes that are not about one key's translation: what comes out otherwise than in GPT-NeoX."""
+    return config._remarks
+
+
 def check(tree: Tree) -> Config:
     """Validate merged values; raises UserError with the origin of the offending key."""
     unknown = [k for k in tree.values if k not in _KNOWN]
@@ -160,6 +167,7 @@ def check(tree: Tree) -> Config:
         raise UserError("a number in the configuration is too large to reckon with: make it smaller") from None
     config._origins.update(tree.origins)
     config._notes.extend(tree.notes)
+    config._remarks.extend(tree.remarks)
     return config
 
 

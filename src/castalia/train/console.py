@@ -59,12 +59,12 @@ class Console:
         return f"{name} loss {record.get('loss', float('nan')):.4f}{bits}"
 
 
-def human(number: float) -> str:
-    """1234567 -> 1.23M, three significant digits."""
+def human(number: float, gap: str = "") -> str:
+    """1234567 -> 1.23M, three significant digits; `gap` stands between number and unit."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
+            return f"{number / limit:.3g}{gap}{unit}"
+    return f"{number:.3g}{gap}"
 
 
 def clock(seconds: float) -> str:

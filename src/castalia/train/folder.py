@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,26 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 
 
-def make_folder(directory: Path) -> None:
-    """Make a run's folder and that of its checkpoints.
+@contextmanager
+def made_folder(directory: Path) -> Iterator[None]:
+    """Make a run's folder and that of its checkpoints; a run that could not begin leaves nothing of a new one.
 
     Raises:
         UserError: the system refuses.
     """
+    fresh = not directory.exists()
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: the run's folder cannot be made: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        if fresh and not (directory / "config.yaml").exists():
+            for leave in ((directory / "checkpoints").rmdir, (directory / "run.lock").unlink, directory.rmdir):
+                with suppress(OSError):  # whatever else got there stays
+                    leave()
+        raise
 
 
 def write_files(

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from castalia.train.run import Run
 
 # Weights that a source need not have: they are what this run adds to it.
-_ADDED = frozenset({"model.soft_prompt.weight"})
+_PROMPT = "model.soft_prompt.weight"
+_ADDED = frozenset({_PROMPT})
 _WEIGHTS_ALONE = "set start.optimizer=false to take the weights alone"
 
 
@@ -46,10 +47,18 @@ class Begun:
     Attributes:
         text: for the records.
         remarks: what a reader of the console should know.
+        prompt: whether a soft prompt was among what was read.
     """
 
     text: str
     remarks: tuple[str, ...] = ()
+    prompt: bool = False
+
+
+def check_start(cfg: StartConfig) -> None:
+    """Refuse a `start.path` where there is nothing to begin from; cheap, and nothing is loaded."""
+    if cfg.path is not None:
+        kind_of(Path(cfg.path))
 
 
 def begin(run: Run) -> Begun | None:
@@ -63,17 +72,20 @@ def begin(run: Run) -> Begun | None:
         return None
     path = Path(cfg.path)
     kind = kind_of(path)
+    prompt = False
     if kind == "gptneox":
         step, text, remarks = _from_gptneox(run, path, cfg)
     else:
-        step, text, remarks = _from_castalia(run, _our_checkpoint(path, cfg), cfg)
+        found = _our_checkpoint(path, cfg)
+        prompt = _PROMPT in tensor_shapes(found.path)
+        step, text, remarks = _from_castalia(run, found, cfg)
     if cfg.optimizer and step >= run.steps > 0:
         raise UserError(
             f"start.path: {text} is at step {step}, which leaves nothing of training.steps {run.steps}: "
             "raise training.steps, or set start.optimizer=false to begin at step 0"
         )
     what = "weights, optimizer and position" if cfg.optimizer else "weights alone"
-    return Begun(f"{what} of step {step} from {text}", remarks)
+    return Begun(f"{what} of step {step} from {text}", remarks, prompt)
 
 
 def kind_of(path: Path) -> str:
