@@ -68,6 +68,8 @@ SIZES: dict[str, list[Any]] = {
     "decay_steps": [1, 50],
     "lr_decay_iters": [1, 50],
     "opt_pos_emb_offset": [0, 2],
+    "attention": ["window", ["global", "local"], [[["gmlp", "global"], "all"]]],
+    "attention_window": [1, 8],
 }
 
 
@@ -90,6 +92,7 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         float: st.sampled_from([0.0, 1e-8, 0.1, 0.25, 0.5, 1.0, 2.5, 1e4]),
         str: st.sampled_from(["a", "b/c", "1,2,3", "100,0,0"]),
         type(None): st.none(),
+        Any: st.sampled_from(["global", 3, [["window"], 2]]),
     }[kind]
 
 

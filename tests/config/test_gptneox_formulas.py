@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from castalia.config import notes
-from castalia.config.gptneox_model import expand_attention, mlp_widths
+from castalia.config.gptneox_attention import expand_attention
+from castalia.config.gptneox_model import mlp_widths
 from castalia.errors import UserError
 
 

@@ -31,6 +31,12 @@ def gpt(layers: int, hidden: int, vocabulary: int = 50304) -> int:
     return 2 * vocabulary * hidden + layers * (12 * hidden**2 + 13 * hidden) + 2 * hidden
 
 
+def gmlp(layers: int, hidden: int, places: int, vocabulary: int = 50304) -> int:
+    """Parameters of an untied gMLP: 2 V h + 2 h, and for each layer up, down, two norms and the weights of places."""
+    layer = (8 * hidden**2 + 8 * hidden) + (4 * hidden**2 + hidden) + 2 * hidden + 8 * hidden + places**2 + places
+    return 2 * vocabulary * hidden + layers * layer + 2 * hidden
+
+
 # Counts of the released checkpoints, or for sizes that were never released the formula above.
 SIZES = {
     "pythia-14m": 14_067_712,
@@ -111,6 +117,9 @@ TWINS: dict[str, tuple[str, int, int]] = {
     "slurm_local.json": ("slurm_125M.yml", 50304, gpt(12, 768)),
     "slurm_local.yml": ("slurm_125M.yml", 50304, gpt(12, 768)),
     "text_generation.yml": ("125M.yml", 50304, gpt(12, 768)),
+    "gmlp_small.yml": ("", 50304, gmlp(12, 768, 2048)),
+    "sparse.yml": ("125M.yml", 50304, gpt(12, 768)),
+    "mistral/7B.yml": ("llama/train_config.yml", 32000, 7_241_732_096),
     "docker/pythia-paths.yml": ("pythia/70M.yml", 50304, 70_426_624),
     "finetuning_configs/6-9B.yml": ("", 50432, 6_857_302_016),
     "pythia/14M.yml": ("", 50304, 14_067_712),
@@ -141,9 +150,6 @@ TWINS: dict[str, tuple[str, int, int]] = {
 REFUSED: dict[str, tuple[str, str, str]] = {
     "20B.yml": ("", "pipe_parallel_size", "pipeline parallelism"),
     "bnb_125M.yml": ("", "use_bnb_optimizer", "8-bit Adam"),
-    "gmlp_small.yml": ("", "attention_config", "layers of kind gmlp"),
-    "sparse.yml": ("125M.yml", "attention_config", "layers of kind local"),
-    "mistral/7B.yml": ("llama/train_config.yml", "sliding_window_width", "a sliding window"),
     "rwkv/170M.yml": ("", "attention_config", "layers of kind rwkv"),
     **{
         f"autotuning_configs/{name}.json": ("", "autotuning", "DeepSpeed's autotuning")

@@ -94,6 +94,8 @@ TRANSLATED: dict[str, Translated] = {
     "no_weight_tying": _same("bool", False),
     "attention_config": _same("list"),
     "sliding_window_width": _same("int"),
+    "sparsity_config": _same("mapping"),
+    "gmlp_attn_dim": _same("int", 64),
     "make_vocab_size_divisible_by": _same("int", 128),
     "padded_vocab_size": _same("int"),
     "activation": _same("text", "gelu"),
@@ -198,8 +200,7 @@ _REPORTED = {
     "the softmax is always taken in fp32": "attention_softmax_in_fp32",
     "initial weights never depend on the device or the layout": "use_cpu_initialization lazy_mpu_init",
     "rotary frequencies are computed, not saved": "rotary_save_freqs_buffer",
-    "used only by sparse attention": "sparsity_config sparse_attention",
-    "used only by aMLP blocks": "gmlp_attn_dim",
+    "blocks of sparse attention are in sparsity_config": "sparse_attention",
     "used only by Mamba layers": """
         mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
         mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears""",
@@ -304,6 +305,8 @@ IDLE: dict[str, str] = {
     "apply_query_key_layer_scaling": "scores are divided and multiplied back by it: the same function",
     "attention_config": "every layer has full causal attention, of which flash is a kernel",
     "sliding_window_width": "the window holds the whole sequence",
+    "sparsity_config": "used only by block-sparse layers",
+    "gmlp_attn_dim": "used only by amlp layers",
     "load": "is the run's own folder",
     "finetune": "used only with load",
     "no_load_optim": "used only with load",

@@ -13,7 +13,7 @@ from typing import Any
 from castalia.config.gptneox_given import Given, Rule, near
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
-from castalia.config.gptneox_model import MODEL_RULES, attention, score_scaling
+from castalia.config.gptneox_model import MODEL_RULES, score_scaling
 from castalia.config.gptneox_run import RUN_RULES, resuming, saving
 
 # Theirs -> ours, the value as it is.
@@ -285,7 +285,6 @@ RULES: tuple[Rule, ...] = (
 )
 # What is only checked: their keys, and the check.
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (
-    (("attention_config", "sliding_window_width"), attention),
     (("apply_query_key_layer_scaling",), score_scaling),
     (("merge_file",), merge_file),
     (("save",), saving),
