@@ -42,6 +42,7 @@ def kill_campaign(
     longest: float,
     seed: int = 0,
     between: Callable[[int], None] | None = None,
+    before: Callable[[], None] | None = None,
     timeout: float = 120.0,
 ) -> Campaign:
     """Kill `command` `kills` times, then run it to its end.
@@ -53,6 +54,7 @@ def kill_campaign(
         longest: seconds; each kill falls between 0 and this after work began.
         seed: of the moments.
         between: called after each kill with its number, to look at what was left behind.
+        before: called before each start, also of the last.
         timeout: seconds after which a start that shows no work, or a last run that does not end, has failed.
 
     Raises:
@@ -62,11 +64,13 @@ def kill_campaign(
     campaign = Campaign()
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     while campaign.kills < kills:
-        before = at_work()
+        if before is not None:
+            before()
+        idle = at_work()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             started = time.monotonic()
-            while at_work() == before and process.poll() is None:
+            while at_work() == idle and process.poll() is None:
                 if time.monotonic() - started > timeout:
                     raise CheckFailed(f"{' '.join(command)}: showed no work within {timeout:g} s")
                 time.sleep(0.002)
@@ -92,6 +96,8 @@ def kill_campaign(
             if process.poll() is None:
                 process.kill()
                 process.communicate()
+    if before is not None:
+        before()
     final = subprocess.run(command, env=environment, capture_output=True, timeout=timeout, check=False)
     if final.returncode != 0:
         raise CheckFailed(f"{' '.join(command)}: exit code {final.returncode} at last: {final.stderr.decode()[-800:]}")

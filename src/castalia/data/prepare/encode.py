@@ -35,6 +35,9 @@ class FastEncoder:
 
     def __init__(self, tokenizer: HFTokenizer) -> None:
         self._state = tokenizer.state
+        known_to = {token.content: i for i, token in tokenizer.tokenizer.get_added_tokens_decoder().items()}
+        if known_to != {token["content"]: token["id"] for token in self._state["added_tokens"]}:
+            raise ValueError("tokenizers gives added tokens other ids than the file says")
         self._whole = self._make(tokenizer.plain_file())
         added = [token["content"] for token in self._state["added_tokens"]]
         # What holds an added token also holds the shortest one within it.

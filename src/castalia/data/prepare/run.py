@@ -35,7 +35,7 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 
 BLOCK_SIZE = 1 << 20  # bytes: enough to amortise a call, little to hold and to do again after a kill
-SYNC_SECONDS = 1.5  # between two notes of how far it has come
+SYNC_SECONDS = 1.0  # between two notes of how far it has come
 
 
 @dataclass(frozen=True)
@@ -319,6 +319,8 @@ class _Run:
             }
             if not output.is_ids:
                 info["holds"] = output.suffix.rsplit("_", 1)[-1]
+                if info["holds"] == "reward":
+                    del info["tokenizer"]  # these are no ids of it
             kept = content if output.is_ids else None
             fingerprint = writer.finish(info, {".tokenizer.json": kept} if kept is not None else None)
             if kept is None:  # a copy that an overwritten data set had is not this one's

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SPECIALS = ("<|endoftext|>", "<|padding|>")
 UNKNOWN = "[UNK]"
+LARGEST = 10_000_000  # ids; the trainers take their memory beforehand
 LONGEST_RUN = 1024  # characters without a change between blank and not, beyond which a text is cut for training
 _RUN = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
 
@@ -85,8 +86,8 @@ def train_tokenizer(
     if vocab_size < least:
         what = "the specials and a letter" if kind == "wordpiece" else "256 bytes and the specials"
         raise UserError(f"a vocabulary of {vocab_size} is too small: {what} take {least}")
-    if vocab_size > 2**31 - 1:
-        raise UserError(f"a vocabulary of {vocab_size} is too large: ids are numbers below 2^31")
+    if vocab_size > LARGEST:
+        raise UserError(f"a vocabulary of {vocab_size:,} is larger than any that is of use: ask for up to {LARGEST:,}")
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "special_tokens": [AddedToken(name, special=True, normalized=False) for name in specials],
