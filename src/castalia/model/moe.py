@@ -17,7 +17,7 @@ Wang et al. 2024 and DeepSeek-V3 (a bias that only chooses).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,11 @@ class Stack(nn.Module):
         return grouped_linear(rows.to(self.weight.dtype), self.weight, counts)
 
 
+@torch.library.custom_op("castalia::grouped_linear", mutates_args=())
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Each group of rows times the transpose of its matrix, in one kernel where torch has one.
+
+    An operator of our own, as torch.compile takes torch's kernel for one of bf16 alone.
 
     Args:
         rows: `[R, in]`, sorted by group.
@@ -89,12 +92,52 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         `[R, out]`.
     """
-    # The kernel wants fp32 or less, and rows that begin at multiples of 16 bytes.
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    if weight.dtype != torch.float64 and aligned:
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    if _has_kernel(weight):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=_ends(counts))
     groups = rows.split(counts.tolist())
     return torch.cat([F.linear(group, matrix) for group, matrix in zip(groups, weight, strict=True)])
+
+
+@torch.library.custom_op("castalia::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(grad: Tensor, rows: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    grad = grad.contiguous()  # the kernel reads no expanded tensor
+    if _has_kernel(weight):
+        ends = _ends(counts)
+        return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.T, rows, offs=ends)
+    sizes = counts.tolist()
+    groups = list(zip(grad.split(sizes), rows.split(sizes), weight, strict=True))
+    return torch.cat([g @ matrix for g, _, matrix in groups]), torch.stack([g.T @ x for g, x, _ in groups])
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """It wants fp32 or less, and rows that begin at multiples of 16 bytes."""
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return weight.dtype != torch.float64 and aligned
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+@grouped_linear.register_fake
+def _(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@_grouped_linear_backward.register_fake
+def _(grad: Tensor, rows: Tensor, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_grouped_linear_backward(grad, *ctx.saved_tensors), None
+
+
+grouped_linear.register_autograd(_backward, setup_context=_save)
 
 
 class Experts(nn.Module):

@@ -69,11 +69,11 @@ def certify_training_kills(folder: Path, kills: int = KILLS) -> str:
 
 
 def certify_preparation_kills(folder: Path, kills: int = KILLS) -> str:
-    """SIGKILL at random moments of preparation; the data set must come out byte-identical."""
+    """SIGKILL at random moments of preparation, which goes on each time; the data set must come out byte-identical."""
     from itertools import islice
 
     from castalia.data.corpora import write_corpus
-    from castalia.data.read import iter_documents
+    from castalia.data.sources import iter_documents
     from castalia.data.store import is_finished
     from castalia.data.tokenizer import save_tokenizer, train_bpe
 
@@ -83,31 +83,47 @@ def certify_preparation_kills(folder: Path, kills: int = KILLS) -> str:
 
     def command(prefix: str) -> list[str]:
         verb = [sys.executable, "-m", "castalia", "prepare", str(source), "--tokenizer", str(vocabulary)]
-        return [*verb, "--overwrite", "--output", str(folder / prefix)]
+        # The plain encoder, since the quick one is done before it can be killed.
+        return [*verb, "--encoder", "plain", "--output", str(folder / prefix)]
 
     subprocess.run(command("whole"), check=True, capture_output=True)
     names = ("bin", "idx", "json")
     partial = folder / "killed.bin.partial"
-    unfinished = 0
+    journal = folder / "killed.journal.partial"
+    unfinished = noted = 0
 
     def look(_: int) -> None:
-        nonlocal unfinished
-        if not is_finished(folder / "killed"):
-            unfinished += 1
+        nonlocal unfinished, noted
+        if is_finished(folder / "killed"):
+            compare()
+            begin_again()
             return
-        for name in names:  # killed while leaving, its work done: the next one starts from nothing again
-            (folder / f"killed.{name}").unlink()
+        unfinished += 1
+        noted += journal.exists() and journal.read_bytes().count(b"\n") > 1
+
+    def compare() -> None:
+        for name in names:
+            if (folder / f"whole.{name}").read_bytes() != (folder / f"killed.{name}").read_bytes():
+                raise CheckFailed(f"killed.{name} differs from whole.{name} after being killed")
+
+    def begin_again() -> None:
+        for path in folder.glob("killed.*"):
+            path.unlink()
+
+    def between_starts() -> None:
+        if is_finished(folder / "killed"):
+            compare()
+            begin_again()
 
     def at_work() -> tuple[bool, int]:
         return partial.exists(), partial.stat().st_mtime_ns if partial.exists() else 0
 
-    campaign = kill_campaign(command("killed"), at_work, kills, longest=1.2, between=look)
-    for name in names:
-        if (folder / f"whole.{name}").read_bytes() != (folder / f"killed.{name}").read_bytes():
-            raise CheckFailed(f"killed.{name} differs from whole.{name} after {kills} kills")
+    campaign = kill_campaign(command("killed"), at_work, kills, longest=2.5, between=look, before=between_starts)
+    compare()
     rows = [
         ("kills", str(campaign.kills)),
         ("of these before the data set was finished", str(unfinished)),
+        ("of these with work noted that the next start went on from", str(noted)),
         ("bytes of text", f"{json.loads((folder / 'whole.json').read_text())['bytes']:,}"),
         ("files compared", "bin, idx, json: byte-identical"),
     ]
@@ -119,6 +135,28 @@ def certify_model_matrix(folder: Path) -> str:
     from castalia.tools import model_matrix
 
     return model_matrix.certify_model_matrix(folder)
+
+
+def certify_index_mutations(folder: Path, count: int = 10_000) -> str:
+    """Indices of data sets, damaged at random: refused in words, or the right ids."""
+    from castalia.tools.mutations import mutate_indices
+
+    result = mutate_indices(folder, count)
+    rows = [
+        ("damaged indices", f"{count:,}"),
+        ("refused when opened whole", f"{result['refused']:,}"),
+        ("refused when opened lazily and read", f"{result['refused_lazily']:,}"),
+        ("harmless both ways: the right ids", f"{result['harmless']:,}"),
+        ("wrong ids, crashes, allocations above 32 MiB", "0"),
+    ]
+    return table(("index files", ""), rows)
+
+
+def certify_families(folder: Path) -> str:
+    """Every family: logits of transformers, each tensor counts, learns to copy, generates as it trains, gradients."""
+    from castalia.tools import families
+
+    return families.certify_families(folder, say=lambda text: print(text, file=sys.stderr, flush=True))
 
 
 STEPS = 800
@@ -163,6 +201,8 @@ CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "training_kills": certify_training_kills,
     "preparation_kills": certify_preparation_kills,
     "model_matrix": certify_model_matrix,
+    "families": certify_families,
+    "index_mutations": certify_index_mutations,
 }
 
 

@@ -108,9 +108,10 @@ def read_by_transformers(model: Transformer, folder: Path) -> Any:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     settings = huggingface_config(model.cfg)
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    reference, report = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
+    reference, report = loaded
     if type(reference).__name__ != settings["architectures"][0]:
         raise CheckFailed(f"{settings['architectures'][0]}: was read as {type(reference).__name__}")
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
