@@ -77,7 +77,7 @@ def test_an_error_in_a_base_names_the_base(write) -> None:
     [
         ("me.yml", "leads back to me.yml"),
         ("{}", "must be the name of one file"),
-        ("absent.yml", "no such configuration file"),
+        ("absent.yml", "names absent.yml as its `base`"),
         ('"a\\0b"', "is not the name of a file"),
     ],
 )

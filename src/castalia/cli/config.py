@@ -81,9 +81,12 @@ def _show(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     from castalia.config import load
+    from castalia.config.derive import derive
     from castalia.config.render import explain
+    from castalia.tools.plan import tokenizer_vocabulary
 
-    print(explain(load(*_settings(args.settings)), args.key))
+    config = load(*_settings(args.settings))
+    print(explain(config, args.key, derive(config, tokenizer_vocabulary(config))[1]))
     return 0
 
 

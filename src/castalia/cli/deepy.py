@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.user_script}: deepy knows train.py, generate.py and eval.py; give one of them")
     for name, text in reported(os.environ):
         print(f"castalia: {name} is set: {text}", file=sys.stderr)
+    if args.hostfile is not None and not Path(args.hostfile).is_file():
+        raise UserError(f"--hostfile {args.hostfile} does not exist: mend the name, or leave it out for this machine")
     files, overrides = settings(args, os.environ)
     return known[script](files, overrides)
 

@@ -48,4 +48,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{line}; no bits per byte, since the tokenizer does not keep every byte of a text)")
         else:
             print(f"{score.bits_per_byte:.4f} bits per byte, {line}, {score.bytes:,} bytes)")
+        context = seq_length - (args.stride or max(1, seq_length // 2))
+        print(
+            f"each token of {args.data} once, with {context} tokens or more before it where there are so many; "
+            "validation in training scores samples of its own split, whose first tokens have nothing before them"
+        )
     return 0

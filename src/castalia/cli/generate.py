@@ -13,7 +13,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", help="text to continue; may be given several times (default: none)"
     )
-    parser.add_argument("--max-tokens", type=int, default=128, help="new tokens (default 128)")
+    parser.add_argument(
+        "--max-tokens", type=int, help="new tokens (default: 128, or as many as the model has room for)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest")
     parser.add_argument("--top-p", type=float, help="sample from the fewest tokens that hold this probability")
@@ -39,11 +41,16 @@ def run(args: argparse.Namespace) -> int:
     streaming = len(prompts) == 1 and not args.json and sys.stdout.isatty()
     if streaming:
         print(prompts[0], end="", flush=True)
+    max_tokens = args.max_tokens
+    if max_tokens is None:
+        longest = max(max(len(tokenizer.encode(prompt)), 1) for prompt in prompts)
+        room = (model.cfg.max_position_embeddings or longest + 128) - longest
+        max_tokens = max(min(128, room), 1)
     results = generate(
         model,
         tokenizer,
         prompts,
-        max_tokens=args.max_tokens,
+        max_tokens=max_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,

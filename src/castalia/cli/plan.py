@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ("gradients", f"{size.gradient_bytes / 2**20:,.1f} MiB fp32"),
         ("optimizer", f"{size.optimizer_bytes / 2**20:,.1f} MiB fp32"),
         ("bf16 copies", f"{size.working_bytes / 2**20:,.1f} MiB"),
+        ("together", f"{answer['state_bytes'] / 2**20:,.1f} MiB, and activations on top"),
     ]
     for label, text in rows:
         print(f"{label:<20} {text}")

@@ -45,7 +45,16 @@ def start_optimizer(given: Given) -> bool | None:
 
 def start_step(given: Given) -> int | None:
     """Which checkpoint of several."""
-    return None if start_path(given) is None else given["iteration"]
+    if start_path(given) is not None or "iteration" not in given:
+        return given["iteration"]
+    if given["load"] is not None:
+        given.fail(
+            "iteration",
+            f"asks for step {given['iteration']} of the run's own folder, which goes on from its newest: "
+            f"give another `save`, and `load` begins there",
+        )
+    given.remark("iteration: nothing is loaded, since 'load' names nothing")
+    return None
 
 
 def saving(given: Given) -> None:

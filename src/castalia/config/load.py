@@ -11,6 +11,7 @@ overrides come last. An unknown key names its file, line and the nearest known k
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,8 @@ def check(tree: Tree) -> Config:
         near = nearest(key, known_keys() if "." in key else [*known_keys(), *sorted(_SECTIONS)])
         hint = f"; did you mean '{near}'?" if near else "; `castalia config show` lists the known keys"
         raise UserError(f"{tree.origins[key]}: unknown key '{key}'{hint}")
+    for key in _PATHS & tree.values.keys():
+        tree.values[key] = _expanded(tree.values[key])
     values = tree.nested()
     if not tree.values.keys() & {"training.steps", "training.tokens"}:
         # Either may be given, so neither has a default of its own; the run as a whole has one.
@@ -236,6 +239,8 @@ def _with_base(path: Path, chain: tuple[Path, ...]) -> tuple[Document, tuple[Pat
         raise UserError(f"{where}: {name!r} is not the name of a file") from None
     if below in chain:
         raise UserError(f"{where}: `base` leads back to {below.name}, which is being read already")
+    if not below.exists():
+        raise UserError(f"{where}: names {name} as its `base`, and {below} does not exist: mend the name")
     base, bases = _with_base(path.parent / name, chain)
     return _inherit(base, document), (below, *bases)
 
@@ -304,8 +309,10 @@ def _sentence(error: ValidationError, tree: Tree) -> str:
     origin = tree.origins.get(key) or tree.origins.get(".".join(key.split(".")[:2]))
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
-        named = [o for k, o in tree.origins.items() if re.search(rf"\b{re.escape(k)}\b", message)]
-        where = origin or (named[0] if named else None)
+        at = {k: re.search(rf"\b{re.escape(k)}\b", message) for k in tree.origins}
+        named = [tree.origins[k] for k in sorted((k for k in at if at[k]), key=lambda k: at[k].start())]  # type: ignore[union-attr]
+        # What was typed last is most likely what is wrong; else the key that the sentence begins with.
+        where = origin or (COMMAND_LINE if COMMAND_LINE in named else named[0] if named else None)
         return f"{where}: {message}" if where else message
     message = first["msg"][0].lower() + first["msg"][1:]
     got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
@@ -318,6 +325,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _expanded(value: Any) -> Any:
+    """`~/x` -> the home folder's x, of one path or a list; no shell does so inside a file."""
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+_PATHS = {
+    *("output", "start.path", "tokenizer.path", "logging.log_dir", "logging.tensorboard"),
+    *("data.path", "data.train_paths", "data.valid_paths", "data.test_paths"),
+}
 _SECTIONS = {
     name
     for name, info in Config.model_fields.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -66,8 +67,10 @@ def converted(config: Config, minimal: bool = False) -> str:
     return "\n".join([*head, to_yaml(config, minimal=minimal)])
 
 
-def explain(config: Config, key: str) -> str:
+def explain(config: Config, key: str, derivation: Sequence[str] = ()) -> str:
     """What a key means, its class and unit, its value here and where that was said; a section lists its keys.
+
+    `derivation` are the lines of `derive`: one of them says what a null stands for.
 
     Raises:
         UserError: there is no such key.
@@ -96,7 +99,10 @@ def explain(config: Config, key: str) -> str:
         f"  meaning  {info.description}",
     ]
     text += [f"  class    {effect}", f"  type     {type_text(info)}", f"  default  {scalar(default)}"]
-    return "\n".join([*text, f"  from     {origin or 'the default'}"])
+    text.append(f"  from     {origin or 'the default'}")
+    if value is None and derivation:
+        text += [f"  here     {line}" for line in derivation if line.startswith(f"{key} = ")]
+    return "\n".join(text)
 
 
 def scalar(value: Any) -> str:

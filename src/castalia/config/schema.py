@@ -78,7 +78,8 @@ class TokenizerConfig(Section):
     """How text becomes ids, where the data set itself does not say."""
 
     path: str | None = setting(
-        None, "a tokenizer.json, its folder, or another name as in docs/tokenizers.md; null: the one kept beside the data"
+        None,
+        "a tokenizer.json, its folder, or another name as in docs/tokenizers.md; null: the one kept beside the data",
     )
 
 
@@ -305,6 +306,14 @@ class Config(Section):
     def max_positions(self) -> int:
         """Longest sequence the model accepts, null resolved."""
         return self.model.max_position_embeddings or self.data.seq_length
+
+    @model_validator(mode="after")
+    def _folder(self) -> Config:
+        if self.output is None and (self.name in (".", "..") or set(self.name) & set("/\\\0")):
+            raise ValueError(
+                f"name {self.name!r} is not the name of a folder below runs/: leave out slashes, or give output"
+            )
+        return self
 
     @model_validator(mode="after")
     def _together(self) -> Config:

@@ -17,6 +17,7 @@ import yaml
 from castalia.errors import UserError
 
 Path_ = tuple[str, ...]
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,6 +148,10 @@ class _Reader:
             raise UserError(f"{self.path}:{node.start_mark.line + 1}: an alias repeats itself without end")
         if isinstance(node, yaml.ScalarNode):
             return _scalar(node, self.path)
+        if node.tag not in _PLAIN_TAGS:
+            raise UserError(
+                f"{self.path}:{node.start_mark.line + 1}: the tag {node.tag} is not supported in configurations"
+            )
         self._open.append(node)
         value = self._mapping(node, at) if isinstance(node, yaml.MappingNode) else self._list(node, at)
         self._open.pop()

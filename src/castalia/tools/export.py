@@ -94,6 +94,7 @@ def _parity(model: Transformer, vocab_size: int, folder: Path) -> dict[str, Any]
     """Logits of the run's model against those of transformers on the written folder."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     length = min(64, model.cfg.max_position_embeddings or 64)
     tokens = torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(0))

@@ -62,6 +62,11 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> None:
     os.replace(partial, output)
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file was written by `write_report`, and may so be replaced by it."""
+    return b"<footer>Castalia " in path.read_bytes()
+
+
 def report_body(runs: Sequence[Run]) -> str:
     """The page's content for `runs`, as HTML."""
     several = len(runs) > 1

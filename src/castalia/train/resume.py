@@ -82,9 +82,13 @@ def changes(run: Run, state: dict[str, Any], path: Path) -> list[str]:
 def _refuse_changes(run: Run, state: dict[str, Any], path: Path) -> None:
     text = "; ".join(changes(run, state, path))
     if text and not run.accept:
+        old = check_values(state["config"], str(path))
+        longer = old.training.steps != run.config.training.steps and "schedule.decay_steps" in text
+        hint = f"to train longer, also give schedule.decay_steps={old.schedule.decay_steps}; else " if longer else ""
         raise UserError(
             f"{path}: this run was started with other settings that change what is computed ({text}): "
-            "restore them, give another name, or go on knowingly with --accept"
+            f"{hint}restore them, give another name, or go on knowingly with --accept"
         )
     if text:
+        run.accepted = text
         run.console.say(f"going on with changed settings, as accepted: {text}")

@@ -121,6 +121,7 @@ class Run:
         self.journal: tuple[Amendment, ...] = ()
         self.resumed = False
         self.imported: str | None = None
+        self.accepted: str | None = None
         self.seconds_before, self._began = 0.0, time.monotonic()
         self._since: list[float] = []
         self.last: dict[str, Record] = {}
@@ -321,7 +322,8 @@ class Run:
             for line in (f"beginning with {begun.text}", *begun.remarks):
                 self.console.say(line)
         event = "resume" if self.resumed else "start"
-        self.metrics.write("event", self.step, event=event, text=f"{self.steps} steps in {self.directory}")
+        changed = f"; changed settings were accepted: {self.accepted}" if self.accepted else ""
+        self.metrics.write("event", self.step, event=event, text=f"{self.steps} steps in {self.directory}{changed}")
         return self.metrics
 
     def _logs(self, step: int) -> bool:
@@ -335,9 +337,7 @@ class Run:
             say(f"  {line}")
         unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
         if unsaid:
-            say(
-                f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`"
-            )
+            say(f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`")
         unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
             f"{cfg.name}: {human(size.total_parameters)} parameters "
