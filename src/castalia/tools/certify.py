@@ -197,12 +197,23 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
+def certify_source_mutations(folder: Path) -> str:
+    """Corpora of every kind, damaged at random: read rightly or refused in words, never silence or a crash."""
+    from castalia.tools.source_faults import MUTATIONS, read_mutations
+
+    found = read_mutations(folder, MUTATIONS)
+    rows = [(name, f"{counts['read']:,}", f"{counts['refused']:,}") for name, counts in found.items()]
+    total = [sum(counts[what] for counts in found.values()) for what in ("read", "refused")]
+    return table(("file", "read", "refused"), [*rows, ("all", *(f"{count:,}" for count in total))])
+
+
 CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "training_kills": certify_training_kills,
     "preparation_kills": certify_preparation_kills,
     "model_matrix": certify_model_matrix,
     "families": certify_families,
     "index_mutations": certify_index_mutations,
+    "source_mutations": certify_source_mutations,
 }
 
 
