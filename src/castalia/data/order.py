@@ -74,7 +74,7 @@ class GPTNeoXOrder:
         self._sizes = sizes.sizes if isinstance(sizes, TokenStore) else np.asarray(sizes)
         if isinstance(documents, tuple):
             number = len(range(*documents))
-            tokens = int(self._sizes[slice(*documents)].sum(dtype=np.int64))
+            tokens = _tokens_of_range(sizes, *documents)
         else:
             number = len(documents)
             tokens = int(self._sizes[documents].sum(dtype=np.int64))
@@ -185,6 +185,14 @@ class GPTNeoXOrder:
         rows[:, 1] = at - starts[position]
         rows[0] = 0
         return rows
+
+
+def _tokens_of_range(sizes: TokenStore | np.ndarray, low: int, high: int) -> int:
+    """Tokens of documents [low, high); of a store by its pointers, so that its sizes need not be read."""
+    if not isinstance(sizes, TokenStore):
+        return int(sizes[low:high].sum(dtype=np.int64))
+    ends = [int(sizes.pointers[i]) if i < len(sizes) else sizes.num_tokens * sizes.dtype.itemsize for i in (low, high)]
+    return (ends[1] - ends[0]) // sizes.dtype.itemsize
 
 
 def _shuffle(
