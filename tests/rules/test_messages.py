@@ -77,7 +77,7 @@ def f(x):
 
 def test_good_examples_are_passed() -> None:
     good = '''
-"""Reads tokenizer.json and castalia.data.read; see data/model.py, `data.path` and model.num_layers.
+"""Reads tokenizer.json and castalia.data.sources; see data/model.py, `data.path` and model.num_layers.
 
     castalia train run.yml
 """

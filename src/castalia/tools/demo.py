@@ -95,7 +95,7 @@ def run_demo(
 def _write_corpus(data: Path, corpus: Path | None, say: Callable[[str], None]) -> tuple[bytes, bytes]:
     """train.jsonl and valid.jsonl; returns both texts, for the compressors."""
     from castalia.data.corpora import split_by_file, stdlib_corpus, write_documents
-    from castalia.data.read import iter_documents
+    from castalia.data.sources import iter_documents
 
     if corpus is None:
         train, valid = split_by_file(stdlib_corpus(), VALID_FRACTION)
@@ -123,7 +123,7 @@ def _write_corpus(data: Path, corpus: Path | None, say: Callable[[str], None]) -
 
 
 def _train_tokenizer(data: Path, say: Callable[[str], None]) -> Any:
-    from castalia.data.read import iter_documents
+    from castalia.data.sources import iter_documents
     from castalia.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
     started = time.monotonic()

@@ -10,6 +10,8 @@ archive though it is damage, or grows without bounds, is refused here.
 
 from __future__ import annotations
 
+import os
+import struct
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from castalia.data.sources.unpack import READ_ERRORS, Plain, Stream
 from castalia.errors import UserError
 
 DEPTH = 3  # archives within archives
+_ZIP_END = 22  # bytes of a .zip's last record, without the comment
 _HEADER_LIMIT = 1 << 20  # bytes of one extended header: names, times
 _EXTENDED = frozenset({
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
@@ -77,15 +80,45 @@ def zip_members(file: Any, name: str) -> Iterator[tuple[str, Stream]]:
     """Name and content of each member of a seekable .zip."""
     try:
         with zipfile.ZipFile(file) as archive:
+            _check_directory(file, archive)
             for member in archive.infolist():
-                if member.is_dir():
+                if member.filename.endswith("/") and not member.file_size:
                     continue
                 where = f"{name}!{member.filename}"
                 if member.flag_bits & 1:
                     raise UserError(f"{where} is encrypted: unpack the archive with its password first")
+                if not member.file_size:
+                    _check_empty(file, member)
                 with archive.open(member) as content:
                     yield member.filename, Plain(content, where, member.file_size)
     except UserError:
         raise
-    except (*READ_ERRORS, KeyError) as error:
+    except (*READ_ERRORS, LookupError, struct.error, MemoryError) as error:
         raise damaged(name, error) from None
+
+
+def _check_empty(file: Any, member: zipfile.ZipInfo) -> None:
+    """Hold an empty member against its own header (APPNOTE 4.3.7: 30 bytes), since nothing has a checksum of 0."""
+    file.seek(member.header_offset)
+    header = file.read(30)
+    later = int.from_bytes(header[6:8], "little") & 8  # sum and sizes stand behind the data
+    packs = member.compress_type != zipfile.ZIP_STORED
+    if header[14:18] != bytes(4) or (packs and not member.compress_size) or (later and member.compress_size > 2):
+        raise zipfile.BadZipFile(f"{member.filename!r} is empty in the directory and is not")
+
+
+def _check_directory(file: Any, archive: zipfile.ZipFile) -> None:
+    """Hold the members that `zipfile` found against the number that the archive's end gives.
+
+    The end is APPNOTE 4.3.16: 22 bytes and a comment; the number lies 10 bytes in, and is
+    65535 where a longer record holds it.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _ZIP_END - len(archive.comment)))
+    end = file.read(_ZIP_END)
+    announced = int.from_bytes(end[10:12], "little")
+    found = len(archive.infolist())
+    if announced not in (found, found & 0xFFFF, 0xFFFF) or (announced == 0xFFFF) > (found >= 0xFFFF):
+        raise zipfile.BadZipFile(f"its end announces {announced:,} members, its directory lists {found:,}")
+    if not found and size > _ZIP_END + len(archive.comment):
+        raise zipfile.BadZipFile("its directory is empty, and the file is not")

@@ -92,11 +92,10 @@ def _bound(data: bytes, kind: str) -> int:
 
 
 def _first_record(data: bytes) -> int:
-    end, quotes = 0, 1
-    while quotes % 2 and end < len(data):
-        end = data.find(b"\n", end) + 1 or len(data)
-        quotes = 1 + data.count(b'"', 0, end)
-    return end
+    end = data.find(b"\n") + 1
+    while end and data.count(b'"', 0, end) % 2:
+        end = data.find(b"\n", end) + 1
+    return end or len(data)
 
 
 def _records(stream: Stream, source: str, member: str, options: SourceOptions, block_size: int) -> Iterator[Block]:
@@ -186,7 +185,10 @@ def _json(stream: Stream, source: str, member: str, options: SourceOptions, bloc
         if is_array:
             following = window.peek()
             if following not in (",", "]"):
-                raise UserError(f"{name}, value {number}: the array is not closed: the file is damaged or truncated")
+                raise UserError(
+                    f"{name}, value {number - 1} has neither a comma nor the array's end behind it: "
+                    "the file is damaged or truncated"
+                )
             window.position += 1
             if following == "]":
                 break

@@ -77,7 +77,7 @@ class Unpacked:
         self._inside = True  # a part has begun and not ended: even an empty file packs to something
         self._packed = b""
         self._plain = memoryview(b"")
-        self._piece = 1 << 13
+        self._piece = 1 << 9  # packed bytes that zstandard is given at once
 
     def read(self, size: int, /) -> bytes:
         parts = []
@@ -135,7 +135,7 @@ class Unpacked:
             plain = self._frame.decompress(self._packed)
             self._packed = b""
             # A zstandard block of 4 bytes can stand for 128 KiB, and all of a piece is unpacked at once.
-            self._piece = 1 << 9 if len(plain) > _STEP else 1 << 13
+            self._piece = 1 << 6 if len(plain) > _STEP else min(1 << 13, 2 * self._piece)
         return bytes(plain)
 
 
