@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from castalia.data.corpora import split_by_file, stdlib_corpus, write_corpus
-from castalia.data.read import iter_documents
+from castalia.data.sources import iter_documents
 
 
 def test_stdlib_corpus() -> None:

@@ -24,9 +24,6 @@ _EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_
 _TOPICS = "pydoc_data/topics.py"  # a Python file that holds the language reference as strings
 
 
-CORPORA = {"stdlib": "the Python standard library's own source and documentation, about 13 MB; needs no network"}
-
-
 def stdlib_corpus() -> list[tuple[str, str]]:
     """Source files of the running Python's standard library and its help topics, as (name, text).
 
