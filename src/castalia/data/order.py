@@ -71,6 +71,8 @@ class GPTNeoXOrder:
             raise ValueError(f"seq_length {seq_length} and num_samples {num_samples} must not be below 1 and 0")
         self.seq_length = seq_length
         self.num_samples = num_samples
+        if isinstance(sizes, TokenStore) and sizes.lazy:
+            sizes.check()  # every size is about to be used
         self._sizes = sizes.sizes if isinstance(sizes, TokenStore) else np.asarray(sizes)
         if isinstance(documents, tuple):
             number = len(range(*documents))

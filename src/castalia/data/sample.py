@@ -48,7 +48,7 @@ class PackedDataset:
     ) -> None:
         self.store = store
         self.seq_length = seq_length
-        self.order = GPTNeoXOrder(store.sizes, documents, num_samples, seq_length, seed)
+        self.order = GPTNeoXOrder(store, documents, num_samples, seq_length, seed)
 
     def __len__(self) -> int:
         return len(self.order)
