@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 row["ids"] = os.path.getsize(f"{prefix}.bin") // 2
                 content = Path(f"{prefix}.bin").read_bytes()
                 digests.setdefault(str(source), set()).add(hashlib.sha256(content).hexdigest())
-            if name == "stand-in":
+            if name in ("stand-in", "castalia") and not label.endswith("(slice)"):
                 row["start"].append(timed(name, workers, one, prefix, tokenizer)[0])
             for path in folder.glob("out*"):
                 path.unlink()
@@ -102,10 +102,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ours, theirs = rows[f"castalia {n}"], rows[f"stand-in {n}"]
         mine = [ours["bytes"] / s for s in ours["seconds"]]
         whole = [theirs["bytes"] / s for s in theirs["seconds"]]
-        pure = [theirs["bytes"] / (s - b) for s, b in zip(theirs["seconds"], theirs["start"], strict=True)]
+        pure = [
+            [row["bytes"] / (s - b) for s, b in zip(row["seconds"], row["start"], strict=True)]
+            for row in (ours, theirs)
+        ]
         ratios[n] = {
             "start-up included": [a / b for a, b in zip(mine, whole, strict=True)],
-            "their start-up taken off": [a / b for a, b in zip(mine, pure, strict=True)],
+            "start-up taken off of both": [a / b for a, b in zip(*pure, strict=True)],
+            "MB per CPU second, start-up included": [
+                ours["bytes"] / c / (theirs["bytes"] / d) for c, d in zip(ours["cpu"], theirs["cpu"], strict=True)
+            ],
         }
     return {"rows": rows, "ratios": ratios, "compared": {str(k): sorted(v) for k, v in digests.items()}}
 

@@ -41,7 +41,7 @@ def added(content: str, i: int, special: bool, normalized: bool = False) -> dict
 def neox_like() -> HFTokenizer:
     """As GPT-NeoX-20B's: NFC, and runs of blanks as added tokens."""
     size = with_changes().vocab_size
-    runs = [added(" " * n, size + n - 2, False, True) for n in range(2, 9)]
+    runs = [added(" " * n, size + n - 2, False, True) for n in range(2, 12)]
     specials = [added("<|endoftext|>", 0, True), added("<|padding|>", 1, True)]
     return with_changes(normalizer={"type": "NFC"}, added_tokens=[*specials, *runs])
 

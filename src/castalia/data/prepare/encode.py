@@ -21,6 +21,7 @@ from castalia.data.tokenizer import HFTokenizer, Tokenizer, encode_flat
 from castalia.errors import UserError
 
 PART_SIZE = 1 << 18  # characters; a longer document is tokenised in parts where that is safe
+FEW_ADDED = 8  # added tokens up to so many cost little to find
 PROOF_SIZE = 1 << 17  # characters of the sample that is encoded twice
 PROOF_INTERVAL = 128  # every so many blocks, a sample of one is encoded twice
 
@@ -44,7 +45,7 @@ class FastEncoder:
         self._needles = [a for a in added if not any(b in a for b in added if b != a)]
         # Another normaliser than NFC may make an added token of what is none.
         known = (self._state["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-        self._separate = known and 0 < len(self._needles) <= 8
+        self._separate = known and len(added) > FEW_ADDED and 0 < len(self._needles) <= FEW_ADDED
         self._bare: Any = None
 
     @staticmethod
@@ -109,7 +110,8 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids [total] and ends int64 [len(texts)] of documents."""
-        if self._may_cut and any(len(text) > PART_SIZE for text in texts):
+        # Only the tokenizer itself needs much more memory than the text.
+        if self.fast is None and self._may_cut and any(len(text) > PART_SIZE for text in texts):
             parts = [list(cut_at_lines(text, PART_SIZE)) for text in texts]
             ids, ends = self._whole([part for document in parts for part in document])
             return ids, ends[np.cumsum([len(document) for document in parts]) - 1]
