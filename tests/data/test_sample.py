@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castalia.data.order import blend_requests
+from castalia.data.blend import blend_requests
 from castalia.data.sample import BlendedDataset, PackedDataset, labels_of
 from castalia.data.store import StoreWriter, TokenStore
 from castalia.errors import UserError

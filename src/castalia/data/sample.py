@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from castalia.data.order import GPTNeoXOrder, blend_index
+from castalia.data.blend import blend_index
+from castalia.data.order import GPTNeoXOrder
 from castalia.data.store import TokenStore
 from castalia.errors import UserError
 
@@ -67,7 +68,7 @@ class BlendedDataset:
     """Several data sets mixed by weight, as GPT-NeoX blends them.
 
     Args:
-        datasets: the parts, each built for at least its share (`order.blend_requests`).
+        datasets: the parts, each built for at least its share (`blend.blend_requests`).
         weights: one weight for each; only their ratios count.
         num_samples: samples of the blend.
     """

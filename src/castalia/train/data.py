@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from castalia.config import Config
-from castalia.data.order import blend_requests, split_documents
+from castalia.data.blend import blend_requests
+from castalia.data.order import split_documents
 from castalia.data.plan import evaluation_samples
 from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
 from castalia.data.store import TokenStore, data_fingerprint
@@ -58,7 +59,8 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
     if spec is None:
         spec = next((str(path) for path in kept if path.exists()), None)
         if spec is None:
-            spec = "byte" if infos and infos[0][0]["tokenizer"]["type"] == "byte" else None
+            named = infos[0][0]["tokenizer"] if infos else {}  # what has no file is found again by its name
+            spec = str(named["type"]) if named and named.get("sha256") is None else None
     if spec is None:
         return None
     tokenizer = load_tokenizer(spec)
