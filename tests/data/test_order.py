@@ -92,11 +92,28 @@ def test_agrees_with_a_slow_loop(
     expected = slow_samples(sizes, documents, num_samples, length, seed)
     assert order.num_built == len(expected)
     assert len(order) >= num_samples
+    holders: dict[int, list[int]] = {d: [] for d in range(len(sizes))}
     for i in range(len(order)):
         found = [(seq, at) for seq, offset, size in order.locate(i) for at in range(offset, offset + size)]
         assert found == expected[i % max(1, len(expected) - 1)]  # the last is never served
+        for d in {seq for seq, _ in found}:
+            holders[d].append(i)
+    for d, numbers in holders.items():  # `find` is the inverse of `locate`
+        assert order.find(d).tolist() == numbers
     with pytest.raises(UserError, match="data order holds"):
         order.locate(len(order))
+
+
+def test_more_documents_than_one_running_sum_covers() -> None:
+    sizes = np.random.RandomState(3).randint(0, 5, 1000).astype(np.int32)
+    expected = slow_samples(sizes.tolist(), list(range(1000)), 900, 7, 5)
+    order = GPTNeoXOrder(sizes, (0, 1000), 900, 7, 5)
+    for i in range(0, 900, 7):
+        assert [(s, at) for s, o, n in order.locate(i) for at in range(o, o + n)] == expected[i]
+    whole = order.locate_span(0, int(order._sums[-1]))
+    assert [p.sequence for p in whole] == [d for d in order.doc_idx if sizes[d]]
+    with pytest.raises(IndexError):
+        order.locate_span(0, int(order._sums[-1]) + 1)
 
 
 def test_the_last_sample_is_withheld_and_the_request_still_served() -> None:
