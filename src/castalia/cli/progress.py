@@ -18,7 +18,7 @@ _LINE_SECONDS = 10.0
 def preparation_progress(total_bytes: int | None) -> Iterator[Callable[[Progress], None]]:
     """A callback for `prepare`; `total_bytes` of text where the input's size says it (compressed input does not)."""
     if not sys.stderr.isatty():
-        yield _lines()
+        yield _lines(total_bytes)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -36,15 +36,24 @@ def preparation_progress(total_bytes: int | None) -> Iterator[Callable[[Progress
         yield update
 
 
-def _lines() -> Callable[[Progress], None]:
+def _lines(total_bytes: int | None) -> Callable[[Progress], None]:
     began = last = time.monotonic()
+    before: int | None = None  # bytes that an interrupted preparation had done
 
     def update(now: Progress) -> None:
-        nonlocal last
+        nonlocal last, before
         moment = time.monotonic()
+        if before is None:
+            before = now.bytes
         if moment - last >= _LINE_SECONDS:
             last = moment
-            rate = now.bytes / 1e6 / (moment - began)
-            print(f"{now.documents:,} documents, {now.tokens:,} tokens, {rate:.1f} MB/s", file=sys.stderr, flush=True)
+            rate = (now.bytes - before) / (moment - began)
+            left = max(total_bytes - now.bytes, 0) / rate if total_bytes and rate else None
+            print(
+                f"{now.documents:,} documents, {now.tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+                + (f", about {left:.0f} s left" if left is not None else ""),
+                file=sys.stderr,
+                flush=True,
+            )
 
     return update
