@@ -73,9 +73,7 @@ def main() -> int:
         print(json.dumps(turn(args.turn, args.vocabulary[0], args.tokens, args.hidden, args.dtype[0], args.chunk)))
         return 0
     found: list[dict[str, Any]] = []
-    print(
-        f"{args.tokens} tokens, hidden size {args.hidden}, chunks of {args.chunk}, one thread, median of {args.rounds} rounds\n"
-    )
+    print(f"{args.tokens} tokens, hidden size {args.hidden}, chunks of {args.chunk}, 1 thread, {args.rounds} rounds\n")
     print("| vocabulary | dtype | plain: s, peak MiB | chunked: s, peak MiB | time ratio | peak ratio | loss |")
     print("|---|---|---|---|---|---|---|")
     for vocabulary in args.vocabulary:

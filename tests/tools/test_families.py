@@ -62,3 +62,8 @@ def test_a_wrong_rotation_is_seen(tmp_path):
 def test_a_model_that_looks_ahead_is_exported_without_those_modules(tmp_path):
     model = families.random_model(ModelConfig(**families.FAMILIES["llama"], mtp_depth=2))
     assert families.logit_difference(model, families.read_by_transformers(model, tmp_path)) < families.LOGIT_TOLERANCE
+
+
+def test_shipped_configurations_have_as_many_parameters_as_transformers_says():
+    """An independent count of every shipped shape, on the meta device."""
+    assert len(families.count_lines()) > 40

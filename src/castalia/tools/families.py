@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from castalia.config import ModelConfig
-from castalia.convert.huggingface import huggingface_config, to_huggingface
+from castalia.config import Config, DataConfig, ModelConfig, load
+from castalia.config.derive import derive
+from castalia.convert.huggingface import ARCHITECTURES, architecture_of, huggingface_config, to_huggingface
 from castalia.errors import CheckFailed
 from castalia.model import Transformer
+from castalia.model.size import model_size
 from castalia.tools.model_matrix import (
     CACHE_TOLERANCE,
     COPIED,
@@ -224,6 +226,41 @@ def check_family(name: str, folder: Path) -> FamilyRow:
     return FamilyRow(name, kind, logits, effect, tensor, tried, loss, steps, cache_error(wide), gradient, at)
 
 
+def released_count(model: ModelConfig) -> int:
+    """Parameters of transformers' own class of a model's size, built without allocating them."""
+    import transformers
+
+    settings = huggingface_config(model)
+    config = transformers.AutoConfig.for_model(**{k: v for k, v in settings.items() if k != "architectures"})
+    with torch.device("meta"):
+        reference: Any = getattr(transformers, settings["architectures"][0])(config)
+    return sum(p.numel() for p in reference.parameters())
+
+
+def shipped() -> Iterator[tuple[str, ModelConfig]]:
+    """The configurations of `configs/models/` that a class of transformers computes."""
+    for path in sorted((Path(__file__).resolve().parents[3] / "configs" / "models").glob("*.yml")):
+        model = derive(load([path]))[0].model
+        if model.vocab_size is not None and any(not a.obstacles(model) for a in ARCHITECTURES.values()):
+            yield path.stem, model
+
+
+def count_lines() -> list[str]:
+    """Parameters of the shipped configurations, in all and those that a token meets, beside transformers'.
+
+    Raises:
+        CheckFailed: a count differs.
+    """
+    lines = ["| configuration | parameters | a token meets | class of transformers |", "|---|---|---|---|"]
+    for name, model in shipped():
+        size, theirs = model_size(Config(model=model, data=DataConfig(seq_length=1))), released_count(model)
+        if size.total_parameters != theirs:
+            raise CheckFailed(f"{name}: {size.total_parameters:,} parameters, in transformers {theirs:,}")
+        met = f"{size.active_parameters:,}" if size.active_parameters < theirs else "all"
+        lines.append(f"| {name} | {size.total_parameters:,} | {met} | {architecture_of(model).class_name}, equal |")
+    return lines
+
+
 def certify_families(_: Path | None = None, say: Callable[[str], None] = lambda text: None) -> str:
     """Every family: logits of transformers, each tensor counts, learns to copy, generates as it trains."""
     import transformers
@@ -252,6 +289,6 @@ many); bound {LEAST_EFFECT:g} from below. Left out: the key biases of OPT, which
 copy: steps until a sequence that repeats is predicted (bound {COPIED:.2f} nats).
 cached: generation in pieces against one pass, relative, fp64, bound {CACHE_TOLERANCE:g}.
 gradient: autograd against central differences, the worst tensor, fp64, bound {GRADIENT_TOLERANCE:g}.
-The parameter counts of the released models are held by tests/rules/test_configs.py, file by file.
+Published counts are held file by file by tests/rules/test_configs.py; below they are counted again by transformers.
 """
-    return "\n".join(lines) + "\n" + text
+    return "\n".join([*lines, text, "## Parameters", "", *count_lines()]) + "\n"
