@@ -13,6 +13,7 @@ from castalia.model import Transformer, build_model
 from castalia.model.attention_layouts import BlockLayout
 from castalia.model.dropout import DropoutKey
 from castalia.model.size import model_size, parameter_shapes
+from castalia.tools import model_matrix
 
 POSITIONS = ["rotary", "learned", "sinusoidal", "rpe", "alibi", "none"]
 LENGTHS = [[5, 1, 19, 15], [40]]
@@ -120,6 +121,20 @@ def test_sizes_and_initial_weights(kind):
     for name, p in model.named_parameters():
         if "spatial" in name:
             assert (p == (1 if name.endswith("bias") else 0)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learns_and_differentiates(kind):
+    """The copy task; and the gradients of all tensors against central differences in fp64."""
+    cfg = model_matrix.configuration(("layernorm", "learned", "gelu", "sequential"), attention_window=9)
+    reach = {"attention": kind, "attention_block": 2, "attention_local_blocks": 4, "amlp_size": 16}
+    cfg = cfg.model_copy(update=reach)
+    loss, _ = model_matrix.copy_task(cfg)
+    assert loss < model_matrix.COPIED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("castalia.model.attention_mask.DENSE_LENGTH", 0)
+        error, tensor = model_matrix.gradient_error(model_matrix.random_model(cfg))
+    assert error < model_matrix.GRADIENT_TOLERANCE, tensor
 
 
 def test_flops_follow_what_is_seen():
