@@ -1,7 +1,7 @@
 """Debian packages -> one .jsonl file of the manuals in them.
 
     dists/SUITE/Release ──sha256──> Packages.xz ──name, size, sha256──> pool/...deb
-        ──ar──> data.tar.xz ──texts by their paths──> debian-docs.jsonl
+        ──ar──> tar ──texts by their paths──> debian-docs.jsonl
 
 Nothing is installed, and no tool of Debian's is needed. Each step is checked by the sums of
 the one before; `Release` itself is trusted as the mirror gives it (by https, unless the
@@ -110,8 +110,8 @@ def package_texts(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, s
         while len(header := file.read(60)) == 60:
             name = header[:16].decode("ascii", "replace").strip().rstrip("/")
             size = int(header[48:58])
-            if name.startswith("data.tar"):
-                packing = name.removeprefix("data.tar")
+            stem, tar, packing = name.partition(".tar")
+            if stem == "data" and tar:
                 content = unpacked(Plain(io.BytesIO(file.read(size)), str(path)), packing, str(path))
                 for member, text in tar_members(content, str(path)):
                     if not pattern.search(member):
