@@ -8,12 +8,12 @@
                        document in a pool of N processes, ordered `imap` in chunks of 25, and the
                        parent appends every document's ids to the .bin with numpy
 
-All are fresh processes, start-up included, and all that write must write the same bytes. The slow
-ones get the first `--slice` megabytes, since they take minutes for the whole; start-up weighs more
-on a slice, so their rate is also given without it (`--slice 0` gives them everything). Castalia
-runs on the same slice as well, for the comparison of bytes. Ratios above 1 mean that Castalia is
-quicker: per round, first against the stand-in's rate start-up included, then without. A machine
-that others use gives lower and wider figures; the CPU seconds suffer less.
+All are fresh processes, and all that write must write the same bytes. The slow ones get the first
+`--slice` megabytes, since they take minutes for the whole (`--slice 0` gives them everything), and
+Castalia the same slice too, for the comparison of bytes. Start-up weighs otherwise on the slice than
+on the whole, so ratios are given with it and without: the time for the first document alone is then
+taken off of both. A ratio above 1 means that Castalia is quicker; each is of one round. A machine
+that others use gives lower and wider figures; CPU seconds suffer less.
 """
 
 from __future__ import annotations
@@ -87,10 +87,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             seconds, cpu = timed(name, workers, source, prefix, tokenizer)
             row["seconds"].append(seconds)
             row["cpu"].append(cpu)
+            print(f"{label}: {seconds:.2f} s, {cpu:.2f} CPU s", file=sys.stderr, flush=True)
             if Path(f"{prefix}.bin").exists():
                 row["ids"] = os.path.getsize(f"{prefix}.bin") // 2
                 content = Path(f"{prefix}.bin").read_bytes()
                 digests.setdefault(str(source), set()).add(hashlib.sha256(content).hexdigest())
+            for path in folder.glob("out*"):
+                path.unlink()
             if name in ("stand-in", "castalia") and not label.endswith("(slice)"):
                 row["start"].append(timed(name, workers, one, prefix, tokenizer)[0])
             for path in folder.glob("out*"):
