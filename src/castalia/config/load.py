@@ -305,7 +305,10 @@ def _example(section: str) -> str:
 def _sentence(error: ValidationError, tree: Tree) -> str:
     """The first of pydantic's complaints as one sentence with its origin."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    parts = [str(part) for part in first["loc"]]
+    known = next((n for n in (2, 1) if ".".join(parts[:n]) in _KNOWN), len(parts))
+    # Below the key pydantic names the place in a list, which helps, or the member of a union, which does not.
+    key = ".".join(parts[:known] + [part for part in parts[known:] if part.isdigit()])
     origin = tree.origins.get(key) or tree.origins.get(".".join(key.split(".")[:2]))
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
