@@ -258,6 +258,18 @@ def test_a_full_disk_keeps_what_was_done(
     assert prepare([corpus], tmp_path / "ds", bpe)["bin_sha256"] == expected
 
 
+def test_killed_with_all_in_place_but_the_journal(
+    tmp_path: Path, corpus: Path, bpe: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Journal, "remove", lambda self: None)
+        first = prepare([corpus], tmp_path / "ds", bpe)
+    assert prepare([corpus], tmp_path / "ds", bpe)["bin_sha256"] == first["bin_sha256"]
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(UserError, match="exists already"):
+        prepare([corpus], tmp_path / "ds", bpe)
+
+
 CHILD = """
 import os, sys
 from castalia.data.prepare import prepare, run
@@ -287,7 +299,7 @@ print(int(moment) - left)
 FOREVER = 10**9
 
 
-@pytest.mark.parametrize(("function", "num_kills"), [("add_encoded", 3), ("finish", 4)])
+@pytest.mark.parametrize(("function", "num_kills"), [("add_encoded", 2), ("finish", 2)])
 def test_kill_at_any_moment_then_run_again(
     tmp_path: Path, corpus: Path, bpe: HFTokenizer, function: str, num_kills: int
 ) -> None:
