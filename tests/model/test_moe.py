@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from castalia.config import ModelConfig
+from castalia.config import Config, LossConfig, ModelConfig
 from castalia.model import Transformer, build_model
 from castalia.model.collected import Collected, Routing, balance_loss, expert_counts, router_z_loss
 from castalia.model.dropout import DropoutKey
 from castalia.model.layers import Context
 from castalia.model.moe import MoE, Router, grouped_linear, sinkhorn
-from castalia.model.size import parameter_shapes
+from castalia.model.size import model_size, parameter_shapes
 from castalia.tools.model_matrix import cache_error, copy_task, gradient_error, random_model
 
 SMALL = {
@@ -226,3 +226,23 @@ def test_jitter_depends_on_the_sample_and_is_within_its_bounds():
 def test_nonsense_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         moe_config(**changes)
+
+
+def test_losses_of_experts_need_experts():
+    with pytest.raises(ValueError, match=r"loss\.moe_balance needs experts"):
+        Config(model=ModelConfig(), loss=LossConfig(moe_balance=0.1))
+
+
+def test_a_plan_counts_what_a_token_meets():
+    """Of four experts' weights, two for each token; FLOPs follow those."""
+    dense, sparse = (
+        model_size(
+            Config(model=ModelConfig(**(SMALL | {"moe_num_experts": n, "moe_top_k": k})), data={"seq_length": 8})
+        )
+        for n, k in ((2, 2), (4, 2))
+    )
+    expert, router = 2 * 32 * 48, 2 * 32  # by layer: one expert's matrices, two more rows of the router
+    assert dense.active_parameters == dense.total_parameters
+    assert sparse.total_parameters == dense.total_parameters + 2 * (2 * expert + router)
+    assert sparse.active_parameters == dense.total_parameters + 2 * router
+    assert sparse.flops_per_token == dense.flops_per_token + 6 * 2 * router

@@ -37,9 +37,24 @@ class DataConfig(Section):
     valid_weights: list[float] | None = setting(None, "blend weights of valid_paths; null: all equal")
     test_weights: list[float] | None = setting(None, "blend weights of test_paths; null: all equal")
     seq_length: int = setting(512, "tokens that the model sees at once", unit="tokens", ge=1)
-    order: Literal["gptneox"] = setting("gptneox", "how samples are ordered; gptneox is GPT-NeoX's order bit for bit")
+    train_label_paths: list[str] | None = setting(
+        None, "prefixes of what is learnt of train_paths, id by id: the id itself or -100; null: every id"
+    )
+    valid_label_paths: list[str] | None = setting(None, "the same of valid_paths")
+    test_label_paths: list[str] | None = setting(None, "the same of test_paths")
+    weights_alpha: float | None = setting(
+        None, "blend by document counts N_i to this power, instead of by weights; null: by weights", ge=0
+    )
+    weights_formula: Literal["xlmr", "gptneox"] = setting(
+        "xlmr", "with weights_alpha: xlmr is N_i^alpha; gptneox has a further factor 1 - N_i / sum N"
+    )
+    order: Literal["gptneox", "permutation"] = setting(
+        "gptneox",
+        "how samples are ordered: gptneox is GPT-NeoX's order bit for bit; permutation is computed and needs no memory",
+    )
     seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0, le=2**32 - 1)
     mask_loss_at_eod: bool = setting(False, "no loss where the input token is the end of a document")
+    document_mask: bool = setting(False, "attention does not cross documents, and positions restart at each")
 
     @model_validator(mode="after")
     def _paths(self) -> DataConfig:
@@ -54,6 +69,12 @@ class DataConfig(Section):
                 raise ValueError(
                     f"data.{name.replace('paths', 'weights')} must have no negative weight and one above 0"
                 )
+            if weights is not None and self.weights_alpha is not None:
+                raise ValueError(f"give either data.{name.replace('paths', 'weights')} or data.weights_alpha, not both")
+            key = name.replace("paths", "label_paths")
+            labels = getattr(self, key)
+            if labels is not None and (paths is None or len(labels) != len(paths)):
+                raise ValueError(f"data.{key} needs one data set for each of data.{name}")
         return self
 
     @model_validator(mode="after")
@@ -327,6 +348,9 @@ class Config(Section):
                 f"data.seq_length {self.data.seq_length} with model.position_offset {self.model.position_offset} is "
                 f"beyond model.max_position_embeddings {self.max_positions}: shorten the one or raise the other"
             )
+        for name in ("moe_balance", "moe_z_loss"):
+            if getattr(self.loss, name) and not self.model.moe_num_experts:
+                raise ValueError(f"loss.{name} needs experts: give model.moe_num_experts, or leave it out")
         self._addressable()
         if self.schedule.type == "wsd" and self.schedule.arithmetic != "native":
             raise ValueError("schedule.type wsd is not one of GPT-NeoX's: it needs schedule.arithmetic native")

@@ -95,7 +95,7 @@ class LocalEngine:
         self.drops = cfg.hidden_dropout > 0 or cfg.attention_dropout > 0 or cfg.moe_jitter > 0
         self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0
         self.loss_sums = look_up(LOSSES, loss.function, "loss.function")
-        self._experts: dict[int, Tensor] = {}
+        self._experts: dict[int, list[int]] = {}
 
         def hidden(
             weights: dict[str, Tensor],
