@@ -13,6 +13,7 @@ computed piecemeal, so large ones are kept in a cache that the processes of a ma
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from castalia.data.order_cache import Arrays, shared_arrays
-from castalia.data.store import TokenStore
+from castalia.data.store import HEADER, TokenStore
 from castalia.errors import UserError
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -92,8 +93,8 @@ class GPTNeoXOrder:
         length = number * self.num_epochs + self.num_built
         if isinstance(sizes, TokenStore) and isinstance(documents, tuple) and length >= _SHARED_FROM:
             key = {
-                "order": "gptneox 1",
-                "index": sizes.fingerprint,
+                "order": "gptneox 2",
+                "sizes": _sizes_digest(sizes, *documents),
                 "documents": [int(edge) for edge in documents],
                 "epochs": self.num_epochs,
                 "samples": self.num_built,
@@ -194,6 +195,16 @@ def _tokens_of_range(sizes: TokenStore | np.ndarray, low: int, high: int) -> int
         return int(sizes[low:high].sum(dtype=np.int64))
     ends = [int(sizes.pointers[i]) if i < len(sizes) else sizes.num_tokens * sizes.dtype.itemsize for i in (low, high)]
     return (ends[1] - ends[0]) // sizes.dtype.itemsize
+
+
+def _sizes_digest(store: TokenStore, low: int, high: int) -> str:
+    """SHA-256 of what an order takes from an index, read in parts: all of it would be five times as much."""
+    digest = hashlib.sha256()
+    with open(store.idx_path, "rb") as file:
+        for start in range(low, high, _PART):
+            file.seek(HEADER.size + 4 * start)
+            digest.update(file.read(4 * min(_PART, high - start)))
+    return digest.hexdigest()
 
 
 def _shuffle(

@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,10 @@ def _load(entry: Path, text: str) -> Arrays | None:
         description = json.loads((entry / "key.json").read_text(encoding="utf-8"))
         if description["key"] != text:
             return None
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in description["arrays"]}
-        if any([str(a.dtype), list(a.shape)] != description["arrays"][name] for name, a in arrays.items()):
+        files = {name: entry / f"{name}.npy" for name in description["arrays"]}
+        if any(_checksum(files[name]) != checksum for name, checksum in description["arrays"].items()):
             return None
+        arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
     with contextlib.suppress(OSError):
@@ -83,17 +85,23 @@ def _save(entry: Path, text: str, arrays: Arrays) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=entry.parent))
     try:
         for name, array in arrays.items():
-            with open(temporary / f"{name}.npy", "wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-        shapes = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
-        (temporary / "key.json").write_text(json.dumps({"key": text, "arrays": shapes}), encoding="utf-8")
+            np.save(temporary / f"{name}.npy", array)
+        checksums = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
+        (temporary / "key.json").write_text(json.dumps({"key": text, "arrays": checksums}), encoding="utf-8")
         if entry.exists():  # damaged, else it had been loaded
             shutil.rmtree(entry)
         os.replace(temporary, entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: a crash of the machine may leave it half there, and so nothing has to wait for the disk."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _remove_unused(folder: Path) -> None:
