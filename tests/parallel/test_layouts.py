@@ -7,7 +7,7 @@ import pytest
 from castalia.errors import UserError
 from castalia.parallel.layout import Layout, check_layout, layout_of
 from castalia.parallel.plans import bounds, entry
-from castalia.tools.verify import shrink, verify_layouts, with_settings
+from castalia.tools.verify import shrink, verify_layouts, verify_resume, with_settings
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
 # Each layout with what could go wrong in it; the whole matrix is `castalia.tools.certify layouts`.
@@ -93,3 +93,9 @@ def test_bounds_cover_everything_once(size, ranks):
     shares = [range(*bounds(size, ranks, rank)) for rank in range(ranks)]
     assert [i for share in shares for i in share] == list(range(size))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero3", "tp2"), ("tp2sp", "hsdp")])
+def test_a_killed_job_goes_on_in_another_layout(config_of, before, after):
+    verdict = verify_resume(config_of("model.tie_embeddings=true"), before, after)
+    assert verdict.good, verdict

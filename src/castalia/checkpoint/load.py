@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from castalia.checkpoint.layout import LATEST, REPLACED, STATE, problems_of, step_name, step_of
 from castalia.checkpoint.stream import CautiousReader
-from castalia.checkpoint.tensors import flatten
+from castalia.checkpoint.tensors import PieceLoadPlanner, flatten
 from castalia.errors import UserError
 
 _NAMED_AT_MOST = 3
@@ -132,7 +132,8 @@ def load_checkpoint(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")  # one process: just what is meant
-            load(dict(flat), storage_reader=CautiousReader(path), process_group=process_group, no_dist=alone)
+            reader, planner = CautiousReader(path), PieceLoadPlanner()
+            load(dict(flat), storage_reader=reader, planner=planner, process_group=process_group, no_dist=alone)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         if not isinstance(cause, Exception):

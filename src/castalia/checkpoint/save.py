@@ -44,7 +44,7 @@ from castalia.checkpoint.layout import (
     write_durably,
 )
 from castalia.checkpoint.stream import HashingWriter
-from castalia.checkpoint.tensors import flatten
+from castalia.checkpoint.tensors import PieceSavePlanner, flatten
 from castalia.errors import UserError
 
 T = TypeVar("T")
@@ -105,7 +105,8 @@ def _write_tensors(writing: Path, flat: dict[str, Tensor], ranks: _Ranks) -> dic
     writer = HashingWriter(writing)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")  # one process: just what is meant
-        save(dict(flat), storage_writer=writer, process_group=ranks.group, no_dist=ranks.alone)
+        planner = PieceSavePlanner()
+        save(dict(flat), storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.alone)
     return {name: record for part in ranks.gather(writer.records) for name, record in part.items()}
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 
@@ -61,8 +62,28 @@ class Piece:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(self.offset, self.local.shape)] if self.local.numel() else []
 
-    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self.local
+
+class PieceSavePlanner(DefaultSavePlanner):
+    """torch's planner of what to write, which otherwise takes only its own tensors for parts of others."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """What an item of the plan refers to."""
+        held = self.state_dict[index.fqn]
+        return held.local if isinstance(held, Piece) else super().lookup_object(index)
+
+
+class PieceLoadPlanner(DefaultLoadPlanner):
+    """The same for reading."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """Take the flat names as they are; torch's planner would take what is no tensor for nothing."""
+        self.state_dict = self.original_state_dict = state_dict
+        self.mappings, self.metadata, self.is_coordinator = {}, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """What an item of the plan is read into."""
+        held: Any = self.state_dict[index.fqn]
+        return held.local if isinstance(held, Piece) else super().lookup_tensor(index)
 
 
 def flatten(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

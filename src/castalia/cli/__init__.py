@@ -32,6 +32,7 @@ VERBS = {
     "plan": "parameters, FLOPs and bytes of a configuration",
     "config": "show, explain, check, compare and convert configurations",
     "launch": "start a run on several hosts: ssh, pdsh, MPI, Slurm, Kubernetes",
+    "verify": "do layouts of processes train, and go on, as one process does?",
     "deepy": "the command line of GPT-NeoX's launcher",
 }
 

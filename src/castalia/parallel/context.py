@@ -11,7 +11,7 @@ summed on the way back (a reduce-scatter). The ranks' work is uneven, since late
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class WholeKeys:
 
 def spread_sequence(model: Transformer, mesh: Mesh) -> None:
     """Give a model on the meta device attention that reaches the keys of other ranks, in place."""
-    for block in model.layers:
+    for block in cast(Any, model.layers):
         block.attention.core = WholeKeys(block.attention.core, mesh.group("context"), mesh.index("context"))
 
 

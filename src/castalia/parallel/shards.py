@@ -111,9 +111,11 @@ class ShardedStore(PlainStore):
         """After the last micro-batch: take the gradients, which accumulate in FSDP2."""
         if not self._last:
             return
-        for (_, wrapped), mine in zip(self._wrapped.named_parameters(), self._model.parts.values(), strict=True):
+        for (_, wrapped), mine in zip(
+            self._wrapped.named_parameters(), cast(_Locals, self._model).parts.values(), strict=True
+        ):
             if wrapped.grad is not None:
-                mine.grad = wrapped.grad.to_local()
+                mine.grad = cast(Any, wrapped.grad).to_local()
 
     def discard(self) -> None:
         """See WeightStore."""

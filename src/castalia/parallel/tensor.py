@@ -136,7 +136,7 @@ def spread(model: Transformer, places: Mapping[str, Place], group: Group, rank: 
             modules[owner].register_parameter(leaf, nn.Parameter(new, requires_grad=old.requires_grad))
     if model.embedding is not None:
         first = places["embedding.weight"].offset[0]
-        model.embedding = VocabularyEmbedding(model.embedding.weight, first, group)
+        model.embedding = VocabularyEmbedding(cast(nn.Parameter, model.embedding.weight), first, group)
     for block in model.layers:
         _spread_block(block, group, ranks, rank, sequence)
     if sequence:

@@ -78,6 +78,18 @@ def enter_world(device: str | None = None) -> World:
     return World(rank, size, chosen, local)
 
 
+def launched() -> bool:
+    """Whether a launcher has started this process as one of a job."""
+    return bool(os.environ.get("WORLD_SIZE") or scheduler_variables(os.environ))
+
+
+def local_devices(device: str | None = None) -> int:
+    """Processes that make use of this machine: one for each accelerator; 1 on a CPU, or where a device is named."""
+    if device is not None or not torch.accelerator.is_available():
+        return 1
+    return max(torch.accelerator.device_count(), 1)
+
+
 @contextmanager
 def joined(world: World, timeout: timedelta = TIMEOUT, init_method: str = "env://") -> Iterator[None]:
     """Connect the processes of the job for the time of the block; nothing for a single process.

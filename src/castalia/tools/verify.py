@@ -11,10 +11,14 @@ order in which a forward pass goes through the model, so that the first name is 
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,9 +27,9 @@ from castalia.config.derive import derive
 from castalia.config.fields import flat
 from castalia.config.load import Tree, check
 from castalia.config.schema_parallel import ParallelConfig
-from castalia.errors import UserError
+from castalia.errors import CheckFailed, UserError
 from castalia.parallel.layout import check_layout, layout_of
-from castalia.parallel.testing import run_in_processes
+from castalia.parallel.testing import WorkerFailed, run_in_processes
 from castalia.parallel.world import World
 
 TOLERANCE = 1e-5
@@ -61,6 +65,7 @@ class Trace:
         gradients: of the first step, by parameter.
         weights: after the last step.
         shapes: of the whole parameters.
+        samples: numbers of the samples that it read, of each step.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -68,6 +73,7 @@ class Trace:
     gradients: dict[str, Part] = field(default_factory=dict)
     weights: dict[str, Part] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    samples: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,44 @@ def verify_layouts(
         traces = run_in_processes(processes, train_small, spread, STEPS, fault, timeout=timeout)
         verdicts.append(compare(name, expected, traces, tolerance))
     return verdicts
+
+
+def verify_resume(
+    config: Config, before: str, after: str, tolerance: float = TOLERANCE, timeout: float = 120.0
+) -> Verdict:
+    """Train under one layout, kill a process of it after a save, go on under another, and compare with one process.
+
+    Args:
+        config: the user's own; it is shrunk.
+        before, after: layouts, as for `verify_layouts`.
+        tolerance: largest relative difference.
+
+    Raises:
+        UserError: a layout is unknown, or the model cannot have it.
+        CheckFailed: the samples of the steps after the resumption are not those of one process.
+    """
+    small, half = shrink(config), STEPS // 2 + 1
+    jobs = []
+    for name in (before, after):
+        processes, settings = layout_named(name)
+        spread = with_settings(small, settings)
+        check_layout(spread, layout_of(spread.parallel, processes))
+        jobs.append((processes, spread))
+    expected = run_in_processes(1, train_small, small, STEPS, timeout=timeout, joined=False)[0]
+    with tempfile.TemporaryDirectory(prefix="castalia-verify-") as folder:
+        processes, spread = jobs[0]
+        try:
+            run_in_processes(processes, train_small, spread, half + 1, None, Path(folder), half, timeout=timeout)
+        except WorkerFailed as failure:
+            if "exit code -9" not in str(failure):
+                raise
+        processes, spread = jobs[1]
+        traces = run_in_processes(processes, train_small, spread, STEPS, None, Path(folder), timeout=timeout)
+    for step, wanted in enumerate(expected.samples[half:]):
+        if {i for trace in traces for i in trace.samples[step]} != set(wanted):
+            raise CheckFailed(f"{before} -> {after}: step {half + step} reads other samples than one process does")
+    rest = replace(expected, losses=expected.losses[half:], norms=expected.norms[half:], gradients={})
+    return compare(f"{before} -> {after}", rest, [replace(t, gradients={}) for t in traces], tolerance)
 
 
 def layout_named(name: str) -> tuple[int, dict[str, Any]]:
@@ -179,8 +223,23 @@ def shrink(config: Config) -> Config:
     return derive(check(Tree(values, {}, [])))[0]
 
 
-def train_small(world: World, config: Config, steps: int, fault: str | None = None) -> Trace:
-    """In each process: train on invented text and note everything."""
+def train_small(
+    world: World,
+    config: Config,
+    steps: int,
+    fault: str | None = None,
+    folder: Path | None = None,
+    die_at: int | None = None,
+) -> Trace:
+    """In each process: train on invented text and note everything.
+
+    Args:
+        steps: where to end.
+        fault: one of FAULTS to plant.
+        folder: of checkpoints: go on from the newest one, if there is one.
+        die_at: save after this step, and let the last rank kill itself in the next one.
+    """
+    from castalia.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
     from castalia.data.loader import Loader, Shard
     from castalia.data.plan import RunPlan
     from castalia.optim import learning_rate
@@ -194,14 +253,25 @@ def train_small(world: World, config: Config, steps: int, fault: str | None = No
     plan = RunPlan(config.training.batch_size, config.data.seq_length, steps)
     shard = Shard(mesh.data_rank, mesh.layout.data)
     source = InventedText(config.data.seq_length, config.model.vocab_size or 2)
-    loader = Loader(source, plan, shard, config.micro_batch_size, 0, eod=0, eod_mask_loss=True)
+    loader = Loader(cast(Any, source), plan, shard, config.micro_batch_size, 0, eod=0, eod_mask_loss=True)
     trace = Trace()
-    for step in range(steps):
+    found = find_checkpoint(folder) if folder else None
+    if found is not None:
+        load_checkpoint(found.path, parts.store.tensors())
+        parts.store.refresh()
+        parts.store.set_updates(found.step)
+    first = found.step if found else 0
+    for step in range(first, steps):
+        if step == die_at and folder is not None:
+            save_checkpoint(folder, step, parts.store.tensors(), {})
+            if world.rank == world.size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
         batches = loader.batch(plan.at(step))
+        trace.samples.append([int(i) for batch in batches for i in cast(Any, batch.sample_ids)])
         tokens = parts.count(sum(batch.num_tokens for batch in batches))
         stats = parts.engine.forward_backward(batches, tokens, step)
         norm = parts.store.gradient_norm()
-        if step == 0:
+        if step == first:
             trace.gradients = {n: parts.part(n, g) for n, g in parts.store.gradients().items()}
         trace.losses.append(stats.loss)
         trace.norms.append(norm.item())
@@ -246,7 +316,7 @@ def compare(name: str, expected: Trace, traces: Sequence[Trace], tolerance: floa
     first = None
     for kind in worst:
         whole: dict[str, Part] = getattr(expected, kind)
-        everything = max(np.abs(value).max() for value, _ in whole.values())
+        everything = max((np.abs(value).max() for value, _ in whole.values()), default=0.0)
         for parameter in sorted(whole, key=_depth):
             reference = whole[parameter][0]
             scale = max(float(np.abs(reference).max()), 1e-3 * float(everything))

@@ -1,0 +1,75 @@
+"""`castalia verify layouts|resume A.yml [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from castalia.cli import split_settings
+
+if TYPE_CHECKING:
+    from castalia.tools.verify import Verdict
+
+DEFAULT = "dp2,zero1,zero2,zero3,tp2,tp2sp,cp2"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    parser.add_argument("what", choices=("layouts", "resume"), help="train in other layouts; or go on in another one")
+    parser.add_argument("settings", nargs="+", metavar="FILE|key=value", help="configuration files and overrides")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default: 1e-5)")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as one JSON object")
+    layouts = parser.add_argument_group("layouts")
+    layouts.add_argument(
+        "--layouts", default=DEFAULT, metavar="A,B", help=f"names (default: {DEFAULT}); all: every one"
+    )
+    layouts.add_argument(
+        "--layout", action="append", default=[], metavar="tensor=2,procs=4", help="settings of parallel: and processes"
+    )
+    layouts.add_argument("--plant", metavar="FAULT", help="plant a fault, to see that it is found")
+    resume = parser.add_argument_group("resume")
+    resume.add_argument("--before", default="zero3", metavar="LAYOUT", help="that is killed (default: zero3)")
+    resume.add_argument("--after", default="tp2", metavar="LAYOUT", help="that goes on (default: tp2)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, and print a table; 4 where something differs."""
+    from castalia.config import load
+    from castalia.errors import UserError
+    from castalia.tools.verify import FAULTS, LAYOUTS, verify_layouts, verify_resume
+
+    files, overrides = split_settings(args.settings)
+    config = load(files, overrides)
+    if args.what == "resume":
+        verdicts = [verify_resume(config, args.before, args.after, args.tolerance)]
+    else:
+        if args.plant is not None and args.plant not in FAULTS:
+            raise UserError(f"--plant: '{args.plant}' is not known; known: {', '.join(FAULTS)}")
+        names = list(LAYOUTS) if args.layouts == "all" else [name for name in args.layouts.split(",") if name]
+        verdicts = verify_layouts(config, [*names, *args.layout], args.tolerance, args.plant)
+    if args.json:
+        print(json.dumps({"verdicts": [_values(v) for v in verdicts]}))
+    else:
+        _table(verdicts)
+    return 0 if all(v.good for v in verdicts) else 4
+
+
+def _values(verdict: Verdict) -> dict[str, object]:
+    numbers = ("loss", "norm", "gradient", "weight")
+    values = {name: getattr(verdict, name) for name in numbers}
+    values = {name: value if value < float("inf") else None for name, value in values.items()}
+    same = {"layout": verdict.layout, "processes": verdict.processes, "good": verdict.good, "first": verdict.first}
+    return same | values
+
+
+def _table(verdicts: list[Verdict]) -> None:
+    width = max(len(v.layout) for v in verdicts)
+    print(f"{'layout':<{width}}  procs     loss     norm gradient  weights   (largest relative differences)")
+    for v in verdicts:
+        numbers = "  ".join(f"{x:7.1e}" for x in (v.loss, v.norm, v.gradient, v.weight))
+        said = "equal" if v.good else f"DIFFERS, first in {v.first or 'the loss'}"
+        print(f"{v.layout:<{width}}  {v.processes:>5}  {numbers}  {said}")
+    if not all(v.good for v in verdicts):
+        print("some layouts do not train as one process does", file=sys.stderr)

@@ -1,0 +1,99 @@
+"""`castalia train --procs` on this machine: the same run, and the end of a job whose rank fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from castalia.cli import main
+from castalia.parallel.launch import supervise
+from castalia.tools.certify import write_small_run
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    path = write_small_run(tmp_path)
+    values = json.loads(path.read_text())
+    values["model"] |= {"hidden_size": 32}
+    values["training"] |= {"steps": 4, "batch_size": 8, "micro_batch_size": 2}
+    values["evaluation"] = {"interval": 2, "batches": 1}
+    values["checkpoint"] = {"interval": 2}
+    path.write_text(json.dumps(values))
+    return path
+
+
+def records(folder, kind):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r.get("bits_per_byte", 0)) for r in lines if r["kind"] == kind]
+
+
+def test_processes_train_as_one_does_and_go_on_as_another_layout(small_run, tmp_path, capfd):
+    flags = ["--quiet", "--no-report"]
+    assert main(["train", str(small_run), f"output={tmp_path / 'one'}", *flags]) == 0
+    two = ["train", str(small_run), f"output={tmp_path / 'two'}", "--procs", "2", *flags]
+    assert main([*two, "parallel.zero=2", "training.exit_interval=2"]) == 3
+    assert main([*two, "parallel.tensor=2", "--json"]) == 0
+    out = capfd.readouterr()
+    assert json.loads(out.out)["run"] == str(tmp_path / "two") and out.err.count("exit_interval") == 1
+    for kind in ("train", "valid"):
+        one, two = (records(tmp_path / run, kind) for run in ("one", "two"))
+        assert [pytest.approx(record, rel=1e-5) for record in one] == two and len(one) == (4 if kind == "train" else 2)
+
+
+def test_what_does_not_fit_is_said_before_anything_starts(small_run, capfd):
+    assert main(["train", str(small_run), "--procs", "2", "training.batch_size=6"]) == 2
+    assert capfd.readouterr().err.count("does not divide") == 1
+
+
+@pytest.mark.parametrize("flags", [["--procs", "0"]])
+def test_odd_numbers_are_refused(small_run, capsys, flags):
+    assert main(["train", str(small_run), *flags]) == 2
+    assert "--procs 0" in capsys.readouterr().err
+
+
+RANK = "import os, signal, sys, time; rank = os.environ['RANK']; "
+FAILING = """
+import os, time
+from castalia.parallel.launch import noted_failure
+with noted_failure():
+    if os.environ['RANK'] == '1':
+        raise ArithmeticError('one has had enough')
+    time.sleep(0.3)
+    raise ConnectionError('the other has gone')
+"""
+
+
+def test_the_rank_that_failed_first_is_named(capfd):
+    assert supervise([sys.executable, "-c", FAILING], 2) == 1
+    said = capfd.readouterr().err
+    assert "rank 1 of 2 failed" in said and "ArithmeticError: one has had enough" in said
+
+
+def test_a_killed_rank_ends_those_that_wait_for_it(capfd):
+    dies = RANK + "os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else time.sleep(600)"
+    began = time.monotonic()
+    assert supervise([sys.executable, "-c", dies], 3) == 1
+    assert time.monotonic() - began < 60 and "rank 1 of 3 failed, and the job was ended: it was killed by SIGKILL" in (
+        capfd.readouterr().err
+    )
+
+
+def test_signals_reach_every_rank(tmp_path):
+    # Each rank leaves a note when it is ready, and another when it is told to stop.
+    rank = (
+        "import os, signal, time, sys, pathlib; me = os.environ['RANK']; folder = pathlib.Path(sys.argv[1]);"
+        "signal.signal(signal.SIGTERM, lambda *_: ((folder / f'stopped{me}').touch(), sys.exit(3)));"
+        "(folder / f'ready{me}').touch(); time.sleep(600)"
+    )
+    program = "import sys; from castalia.parallel.launch import supervise; sys.exit(supervise(sys.argv[1:], 2))"
+    job = subprocess.Popen([sys.executable, "-c", program, sys.executable, "-c", rank, str(tmp_path)], env=os.environ)
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 3
+    assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped0", "stopped1"]
