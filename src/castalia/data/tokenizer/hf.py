@@ -60,13 +60,16 @@ class HFTokenizer:
     def state(self) -> dict[str, Any]:
         """The file's content, parsed, without truncation and padding; what it leaves out is None."""
         defaults = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
-        content = {**defaults, "added_tokens": [], **json.loads(self._content)}
-        return content | {"truncation": None, "padding": None}
+        return {**defaults, "added_tokens": [], **self._parsed, "truncation": None, "padding": None}
+
+    @cached_property
+    def _parsed(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self._content)
+        return content
 
     def plain_file(self) -> str:
         """The file without truncation and padding."""
-        state = json.loads(self._content)
-        changed = state.get("truncation") is not None or state.get("padding") is not None
+        changed = any(self._parsed.get(part) is not None for part in ("truncation", "padding"))
         return json.dumps(self.state) if changed else self._content.decode()
 
     def identity(self) -> dict[str, Any]:
