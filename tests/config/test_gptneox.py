@@ -404,6 +404,23 @@ def test_defaults_are_those_of_the_version(translated, compat: str, expected: di
             {"keep_last_n_checkpoints": 2, "exit_interval": 9},
             {"checkpoint.keep_last": 2, "training.exit_interval": 9},
         ),
+        (
+            {
+                **{f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")},
+                "train_data_weights": [1.0, 2.0],
+                "train_label_data_paths": ["c", "d"],
+                "valid_label_data_paths": [],
+                "weight_by_num_documents": True,
+            },
+            {
+                "data.train_weights": None,
+                "data.weights_alpha": 0.3,
+                "data.weights_formula": "gptneox",
+                "data.train_label_paths": ["c", "d"],
+                "data.valid_label_paths": None,
+            },
+        ),
+        ({"weighted_sampler_alpha": 0.5}, {"data.weights_alpha": None, "data.weights_formula": "xlmr"}),
         ({"peak_theoretical_tflops": 312}, {"performance.peak_flops": 3.12e14}),
         ({"precision": "bfloat16"}, {"training.precision": "bf16"}),
         ({"precision": "bfloat16", "bf16": {"enabled": True}}, {"training.precision": "bf16"}),

@@ -75,3 +75,9 @@ def test_blend_agrees_where_guesses_do_not_help(monkeypatch: pytest.MonkeyPatch,
 def test_blend_refuses_nonsense(weights: list[float]) -> None:
     with pytest.raises(UserError, match="do not make a blend"):
         blend_index(weights, 3)
+
+
+def test_weights_by_documents_as_xlmr_has_them() -> None:
+    weights = weights_by_num_documents([100, 1000, 10000], 0.5, "xlmr")
+    assert np.allclose(np.array(weights) / weights[0], [1, 10**0.5, 10]) and np.isclose(sum(weights), 1)
+    assert np.allclose(weights_by_num_documents([3, 5], 0.0, "xlmr"), 0.5)

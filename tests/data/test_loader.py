@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from castalia.data.loader import Batch, Loader, Shard
 from castalia.data.plan import RunPlan, StepSpec, evaluation_spec
+from castalia.data.sample import SourcePiece
 from castalia.errors import UserError
 
 
@@ -28,6 +29,15 @@ class Numbers:
         if i >= self.broken:
             raise OSError("disk on fire")
         return np.arange(10 * i, 10 * i + self.seq_length + 1)
+
+    def labels(self, i: int) -> np.ndarray | None:
+        return None
+
+    def pieces(self, i: int) -> list[SourcePiece]:
+        return [SourcePiece("numbers", i, 0, 3), SourcePiece("numbers", i + 1, 5, self.seq_length - 2)]
+
+    def find(self, prefix: str, sequence: int) -> np.ndarray:
+        return np.empty(0, np.int64)
 
 
 def samples(batches: list[Batch]) -> list[list[int]]:
@@ -145,7 +155,30 @@ def test_ids_beyond_the_vocabulary_are_named():
         def __getitem__(self, i):
             return np.array([1, 2, 3, 4, 99 if i == 2 else 5])
 
+        def labels(self, i):
+            return None
+
     loader = Loader(Samples(), RunPlan(4, 4, 1), Shard(), 2, vocab_size=50)
     with pytest.raises(UserError, match=r"sample 2 .*id 99, .*50"):
         loader.batch(loader.plan.at(0))
     assert len(Loader(Samples(), RunPlan(4, 4, 1), Shard(), 2, vocab_size=100).batch(loader.plan.at(0))) == 2
+
+
+def test_documents_are_told_apart_by_where_they_lie() -> None:
+    (batch,) = Loader(Numbers(), RunPlan(2, 4, 9), Shard(), 2, document_mask=True).batch(StepSpec(0, 0, 2, 4))
+    assert batch.doc_ids is not None and batch.doc_ids.dtype == torch.int32
+    assert batch.doc_ids.tolist() == [[0, 0, 0, 1]] * 2
+    assert batch.positions.tolist() == [[0, 1, 2, 0]] * 2
+    (short,) = Loader(Numbers(), RunPlan(1, 2, 9), Shard(), 1, document_mask=True).batch(StepSpec(0, 0, 1, 2))
+    assert short.positions.tolist() == [[0, 1]]
+
+
+def test_labels_of_the_data_set_are_shifted() -> None:
+    class Labelled(Numbers):
+        def labels(self, i: int) -> np.ndarray | None:
+            return np.array([7, -100, 12, -1, 14]) if i == 1 else None
+
+    (batch,) = Loader(Labelled(), RunPlan(2, 4, 9), Shard(), 2, vocab_size=50).batch(StepSpec(0, 0, 2, 4))
+    assert batch.labels.tolist() == [[1, 2, 3, 4], [-100, 12, -100, 14]]
+    with pytest.raises(UserError, match=r"id 14, but model\.vocab_size is 14"):
+        Loader(Labelled(), RunPlan(1, 4, 9), Shard(), 1, vocab_size=14).batch(StepSpec(0, 1, 1, 4))

@@ -64,3 +64,37 @@ def test_labels_mask_where_the_input_is_eod() -> None:
     assert labels_of(ids).tolist() == [[0, 4, 0, 5]]
     assert labels_of(ids, eod=0).tolist() == [[0, -100, 0, -100]]
     assert ids.tolist() == [[3, 0, 4, 0, 5]]
+
+
+@pytest.mark.parametrize("order", ["gptneox", "permutation"])
+def test_pieces_and_find_are_inverse(store: TokenStore, order: str) -> None:
+    parts = [PackedDataset(store, span, n, 8, 7, order) for span, n in (((0, 5), 30), ((5, 10), 30))]
+    for source in (parts[0], BlendedDataset(parts, [1.0, 2.0], 20)):
+        seen = {d: [] for d in range(10)}
+        for i in range(len(source)):
+            ids = [100 * p.sequence + p.offset + k for p in source.pieces(i) for k in range(p.length)]
+            assert source[i].tolist() == ids and source.labels(i) is None
+            for sequence in {p.sequence for p in source.pieces(i)}:
+                seen[sequence].append(i)
+        assert {d: source.find(store.prefix, d).tolist() for d in range(10)} == seen
+        assert source.find("elsewhere", 0).size == 0
+
+
+def test_labels_in_lock_step(store: TokenStore, tmp_path: Path) -> None:
+    for name, drop in (("good", 0), ("bad", 3)):
+        with StoreWriter(tmp_path / name, "i4") as writer:
+            for d, size in enumerate(store.sizes.tolist()):
+                ids = np.arange(size - (drop if d == 6 else 0)) + 100 * d
+                writer.add_document(np.where(ids % 2 == 0, ids, -100))
+            writer.finish()
+    data = PackedDataset(store, (0, 9), 40, 8, 1234, labels=TokenStore(tmp_path / "good"))
+    for i in range(len(data)):
+        assert data.labels(i).tolist() == [n if n % 2 == 0 else -100 for n in data[i].tolist()]
+    with pytest.raises(UserError, match="5 labels in document 6, where .* has 8 ids"):
+        PackedDataset(store, (0, 9), 40, 8, 1234, labels=TokenStore(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("documents", [(0, 10), (2, 7), np.array([1, 4])])
+def test_tokens_that_take_part(store: TokenStore, documents: tuple[int, int] | np.ndarray) -> None:
+    numbers = range(*documents) if isinstance(documents, tuple) else documents
+    assert PackedDataset(store, documents, 3, 8, 1).num_tokens == sum(int(store.sizes[d]) for d in numbers)

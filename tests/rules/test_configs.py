@@ -159,13 +159,13 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         f"mamba/mamba-{size}.yml": ("", "attention_config", "layers of kind mamba")
         for size in ("130M", "370M", "790M", "1.4B", "2.8B")
     },
-    "post-training/llama3-8b-sft.yml": ("", "train_label_data_paths", "data sets of labels, rewards or pairs"),
-    "post-training/llama3-8b-dpo.yml": ("", "pos_train_data_paths", "data sets of labels, rewards or pairs"),
-    "post-training/llama3-8b-kto.yml": ("", "train_label_data_paths", "data sets of labels, rewards or pairs"),
-    "post-training/llama3-8b-rm.yml": ("", "pos_train_data_paths", "data sets of labels, rewards or pairs"),
+    "post-training/llama3-8b-sft.yml": ("", "pack_impl", "samples that are not packed"),
+    "post-training/llama3-8b-dpo.yml": ("", "pos_train_data_paths", "data sets of rewards or pairs"),
+    "post-training/llama3-8b-kto.yml": ("", "train_reward_data_paths", "data sets of rewards or pairs"),
+    "post-training/llama3-8b-rm.yml": ("", "pos_train_data_paths", "data sets of rewards or pairs"),
     "post-training/llama3-8b-reinforce.yml": ("", "dataset_impl", "data sets of pairs or online data"),
-    "post-training/benchmarking/mistral-dpo.yml": ("", "pos_train_data_paths", "data sets of labels, rewards"),
-    "post-training/benchmarking/llama-13b-dpo.yml": ("", "pos_train_data_paths", "data sets of labels, rewards"),
+    "post-training/benchmarking/mistral-dpo.yml": ("", "pos_train_data_paths", "data sets of rewards"),
+    "post-training/benchmarking/llama-13b-dpo.yml": ("", "pos_train_data_paths", "data sets of rewards"),
 }
 
 

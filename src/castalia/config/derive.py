@@ -99,7 +99,7 @@ def _data(config: Config, out: _Derivation) -> None:
     out.fill("data.seed", config.training.seed, "as training.seed")
     for split in ("train", "valid", "test"):
         paths = getattr(data, f"{split}_paths")
-        if paths is not None:
+        if paths is not None and data.weights_alpha is None:
             out.fill(f"data.{split}_weights", [1.0] * len(paths), f"equal shares of data.{split}_paths")
 
 

@@ -157,6 +157,11 @@ TRANSLATED: dict[str, Translated] = {
     "valid_data_weights": _same("list"),
     "test_data_weights": _same("list"),
     "eod_mask_loss": _same("bool", False),
+    "train_label_data_paths": _same("list"),
+    "valid_label_data_paths": _same("list"),
+    "test_label_data_paths": _same("list"),
+    "weight_by_num_documents": _same("bool", False),
+    "weighted_sampler_alpha": _same("number", 0.3),
     "tokenizer_type": _same("text", "GPT2BPETokenizer"),
     "vocab_file": _same("text"),
     "merge_file": _same("text"),
@@ -213,7 +218,6 @@ _REPORTED = {
         z_loss kto_beta fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out precompute_model_name""",
     "used only by online reinforcement learning": """
         weight_server_port online_dataserver_ips online_dataserver_ports""",
-    "used only with weight_by_num_documents": "weighted_sampler_alpha",
     "has no effect in GPT-NeoX either": """
         use_bias_in_norms short_seq_prob adlr_autoresume
         adlr_autoresume_object adlr_autoresume_interval deepscale deepscale_config no_save_optim hysteresis
@@ -263,7 +267,7 @@ _REPORTED = {
 REPORTED: dict[str, str] = {key: why for why, keys in _REPORTED.items() for key in keys.split()}
 
 _SPLITS = ("train", "valid", "test")
-_SPECIAL_DATA = [f"{split}_{kind}_data_paths" for split in _SPLITS for kind in ("label", "reward")] + [
+_SPECIAL_DATA = [f"{split}_reward_data_paths" for split in _SPLITS] + [
     f"{sign}_{split}{label}_data_paths" for sign in ("pos", "neg") for split in _SPLITS for label in ("", "_label")
 ]
 REFUSED: dict[str, Refused] = {
@@ -287,12 +291,11 @@ REFUSED: dict[str, Refused] = {
     "compression_training": Refused("DeepSpeed's compression", ({},)),
     "deepspeed_extra_args": Refused("passing settings on to DeepSpeed", passed_on=True),
     "train_epochs": Refused("a length in epochs"),
-    "weight_by_num_documents": Refused("blend weights from document counts", (False,)),
     "pack_impl": Refused("samples that are not packed", ("packed",)),
     "dataset_impl": Refused("data sets of pairs or online data", ("gpt2",)),
     "train_impl": Refused("preference training", ("normal",)),
     "s3_path": Refused("checkpoints on S3"),
-} | {key: Refused("data sets of labels, rewards or pairs", ([],)) for key in _SPECIAL_DATA}
+} | {key: Refused("data sets of rewards or pairs", ([],)) for key in _SPECIAL_DATA}
 
 # Why a translated key may become nothing: what a note says of it then.
 IDLE: dict[str, str] = {
@@ -307,6 +310,10 @@ IDLE: dict[str, str] = {
     "sliding_window_width": "the window holds the whole sequence",
     "sparsity_config": "used only by block-sparse layers",
     "gmlp_attn_dim": "used only by amlp layers",
+    "weighted_sampler_alpha": "used only with weight_by_num_documents",
+    **dict.fromkeys(
+        ("train_data_weights", "valid_data_weights", "test_data_weights"), "replaced by weight_by_num_documents"
+    ),
     "load": "is the run's own folder",
     "finetune": "used only with load",
     "no_load_optim": "used only with load",

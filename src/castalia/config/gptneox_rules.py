@@ -36,9 +36,6 @@ RENAMED: dict[str, str] = {
     "train_data_paths": "data.train_paths",
     "valid_data_paths": "data.valid_paths",
     "test_data_paths": "data.test_paths",
-    "train_data_weights": "data.train_weights",
-    "valid_data_weights": "data.valid_weights",
-    "test_data_weights": "data.test_weights",
     "eod_mask_loss": "data.mask_loss_at_eod",
     "save": "output",
     "keep_last_n_checkpoints": "checkpoint.keep_last",
@@ -216,6 +213,18 @@ def data_split(given: Given) -> str | None:
     return str(given["split"]) if "split" in given or "data_path" in given else None
 
 
+def _own_weights(key: str) -> Callable[[Given], Any]:
+    return lambda given: None if given["weight_by_num_documents"] else given[key]
+
+
+def _labels(key: str) -> Callable[[Given], Any]:
+    return lambda given: given[key] or None  # an empty list asks for nothing
+
+
+def _by_documents(value: Callable[[Given], Any]) -> Callable[[Given], Any]:
+    return lambda given: value(given) if given["weight_by_num_documents"] else None
+
+
 def tokenizer_path(given: Given) -> str | None:
     """The tokenizer in Castalia's spelling; where no file is named, the one kept beside the data."""
     kind, file = str(given["tokenizer_type"]).lower(), given["vocab_file"]
@@ -252,6 +261,7 @@ def data_paths(given: Given) -> None:
         given.fail(first, f"is given without {' and '.join(missing)}: GPT-NeoX wants all three, or data_path")
 
 
+_SPLITS = ("train", "valid", "test")
 _BATCH = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -280,6 +290,10 @@ RULES: tuple[Rule, ...] = (
     Rule("training.precision", ("precision", "fp16", "bf16"), precision),
     Rule("loss.normalisation", (), lambda g: "micro_batch_mean"),
     Rule("data.split", ("split",), data_split),
+    *(Rule(f"data.{s}_weights", (f"{s}_data_weights",), _own_weights(f"{s}_data_weights")) for s in _SPLITS),
+    *(Rule(f"data.{s}_label_paths", (f"{s}_label_data_paths",), _labels(f"{s}_label_data_paths")) for s in _SPLITS),
+    Rule("data.weights_alpha", ("weighted_sampler_alpha",), _by_documents(lambda g: g["weighted_sampler_alpha"])),
+    Rule("data.weights_formula", ("weight_by_num_documents",), _by_documents(lambda g: "gptneox")),
     Rule("tokenizer.path", ("vocab_file", "tokenizer_type", "merge_file"), tokenizer_path),
     *RUN_RULES,
 )

@@ -96,19 +96,23 @@ def _step_through(
     return choices, taken
 
 
-def weights_by_num_documents(num_documents: Sequence[int], alpha: float) -> list[float]:
-    """Blend weights from document counts, as GPT-NeoX's `weight_by_num_documents` has them.
+def weights_by_num_documents(num_documents: Sequence[int], alpha: float, formula: str = "gptneox") -> list[float]:
+    """Blend weights from document counts.
 
-    With u_i = N_i / sum N and p_i = u_i^alpha / sum u^alpha the weight is p_i (1 - u_i),
-    normalised. The last factor is GPT-NeoX's own; XLM-R's formula is p_i alone.
+    With u_i = N_i / sum N the weight is p_i = u_i^alpha / sum u^alpha: `xlmr`, of Conneau et al., "Unsupervised
+    Cross-lingual Representation Learning at Scale" (2020), section 3.1. `gptneox`, its `weight_by_num_documents`,
+    has p_i (1 - u_i), normalised, by which a set that dominates gets less than a smaller one.
     """
     if len(num_documents) == 1:
         return [1.0]
     u = np.asarray(num_documents, np.float64)
     u = u / u.sum()
     p = u**alpha
-    weights = p / p.sum() * (1 - u)
-    return [float(weight) for weight in weights / weights.sum()]
+    weights = p / p.sum()
+    if formula == "gptneox":
+        weights = weights * (1 - u)
+        weights = weights / weights.sum()
+    return [float(weight) for weight in weights]
 
 
 def _normalised(weights: Sequence[float]) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from castalia.data.plan import RunPlan, StepSpec
-from castalia.data.sample import IGNORED, SampleSource, labels_of
+from castalia.data.sample import IGNORED, SampleSource, SourcePiece, labels_of
 from castalia.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Batch:
     Attributes:
         tokens: int64 [b, s], the model's input.
         labels: int64 [b, s], the id to predict at each position; -100 is left out of the loss.
-        positions: int64 [b, s], 0..s-1 in every row.
+        positions: int64 [b, s], 0..s-1 in every row; from 0 on in each document where doc_ids is given.
         doc_ids: int32 [b, s], which document each token belongs to, or None: all one document.
         extras: further tensors by name, such as rewards.
         sample_ids: int64 [b], the global number of each row's sample, on which dropout depends; None
@@ -89,6 +89,8 @@ class Loader:
         eod: id that ends a document; needed with `eod_mask_loss`.
         eod_mask_loss: leave out of the loss what follows the end of a document.
         vocab_size: ids must lie below it; None: not checked.
+        document_mask: tell documents apart in `doc_ids`, and count positions from the start of each part of
+            a document, by where the documents lie in the data set and not by an id.
 
     Raises:
         UserError: a batch does not divide into micro-batches of all ranks, samples are shorter
@@ -105,6 +107,7 @@ class Loader:
         eod: int | None = None,
         eod_mask_loss: bool = False,
         vocab_size: int | None = None,
+        document_mask: bool = False,
     ) -> None:
         if eod_mask_loss and eod is None:
             raise UserError(
@@ -121,6 +124,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.prefetch = prefetch
         self.vocab_size = vocab_size
+        self.document_mask = document_mask
         self.mask_eod = eod if eod_mask_loss else None
         self.sample_numbers(StepSpec(0, 0, plan.batch_size, plan.seq_length))  # refuse a bad division now
 
@@ -142,6 +146,31 @@ class Loader:
 
     def _micro_batch(self, numbers: np.ndarray, seq_length: int) -> Batch:
         ids = np.stack([self.dataset[int(i)][: seq_length + 1] for i in numbers])
+        self._check_vocabulary(ids, numbers)
+        learnt = self._learnt(ids, numbers)
+        positions, doc_ids = torch.arange(seq_length).repeat(len(ids), 1), None
+        if self.document_mask:
+            parts = [documents_of(self.dataset.pieces(int(i)), seq_length) for i in numbers]
+            positions = torch.from_numpy(np.stack([part[0] for part in parts]))
+            doc_ids = torch.from_numpy(np.stack([part[1] for part in parts]))
+        return Batch(
+            tokens=torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
+            labels=torch.from_numpy(labels_of(ids, self.mask_eod, learnt)),
+            positions=positions,
+            doc_ids=doc_ids,
+            sample_ids=torch.from_numpy(numbers.astype(np.int64)),
+        )
+
+    def _learnt(self, ids: np.ndarray, numbers: np.ndarray) -> np.ndarray | None:
+        """The labels that the data set has of its own, int64 as `ids`, or None where no sample has any."""
+        given = [self.dataset.labels(int(i)) for i in numbers]
+        if all(row is None for row in given):
+            return None
+        learnt = np.stack([own if row is None else row[: ids.shape[1]] for row, own in zip(given, ids, strict=True)])
+        self._check_vocabulary(np.maximum(learnt, 0), numbers)
+        return learnt
+
+    def _check_vocabulary(self, ids: np.ndarray, numbers: np.ndarray) -> None:
         if self.vocab_size is not None and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             row = int(np.argmax(((ids < 0) | (ids >= self.vocab_size)).any(1)))
             odd = ids[row][(ids[row] < 0) | (ids[row] >= self.vocab_size)][0]
@@ -149,12 +178,6 @@ class Loader:
                 f"sample {numbers[row]} of the data holds id {odd}, but model.vocab_size is {self.vocab_size}: "
                 "raise it, or name the data set that was made for this model"
             )
-        return Batch(
-            tokens=torch.from_numpy(np.ascontiguousarray(ids[:, :-1])),
-            labels=torch.from_numpy(labels_of(ids, self.mask_eod)),
-            positions=torch.arange(seq_length).repeat(len(ids), 1),
-            sample_ids=torch.from_numpy(numbers.astype(np.int64)),
-        )
 
     def stream(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """Micro-batches of the plan's steps [first_step, last_step), one list per step.
@@ -203,6 +226,14 @@ class Loader:
         finally:
             stop.set()
             thread.join()
+
+
+def documents_of(pieces: Sequence[SourcePiece], seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions int64 [s], from 0 on in each piece, and the number of each token's piece, int32 [s]."""
+    ends = np.cumsum([piece.length for piece in pieces])
+    at = np.arange(seq_length)
+    number = np.searchsorted(ends, at, side="right")
+    return at - np.concatenate(([0], ends))[number], number.astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,33 @@
 """Sample i as an array of ids: a store and an order, put together.
 
-i ──order──> pieces (sequence, offset, length) ──store──> int64 [L + 1]
+i ──order──> pieces (sequence, offset, length) ──┬─store──> ids int64 [L + 1]
+                                                 └─label store, in lock step──> labels int64 [L + 1]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from castalia.data.blend import blend_index
 from castalia.data.order import GPTNeoXOrder
+from castalia.data.order_permutation import PermutationOrder
 from castalia.data.store import TokenStore
 from castalia.errors import UserError
 
 IGNORED = -100  # label of a position that is left out of the loss
+ORDERS: Mapping[str, type[Any]] = {"gptneox": GPTNeoXOrder, "permutation": PermutationOrder}
+
+
+class SourcePiece(NamedTuple):
+    """Part of a sample: ids [offset, offset + length) of one sequence of the data set `prefix`."""
+
+    prefix: str
+    sequence: int
+    offset: int
+    length: int
 
 
 class SampleSource(Protocol):
@@ -25,11 +37,25 @@ class SampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> np.ndarray: ...
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Ids of sample i: int64 [L + 1]."""
+        ...
+
+    def labels(self, i: int) -> np.ndarray | None:
+        """What is to be learnt at each id of sample i, -100 where nothing is: int64 [L + 1]; None: every id."""
+        ...
+
+    def pieces(self, i: int) -> list[SourcePiece]:
+        """Where the ids of sample i lie, in order: one piece for each document."""
+        ...
+
+    def find(self, prefix: str, sequence: int) -> np.ndarray:
+        """Numbers of the samples that hold any id of a sequence: int64, ascending."""
+        ...
 
 
 class PackedDataset:
-    """Documents laid end to end and cut into samples of `seq_length + 1` ids, in GPT-NeoX's order.
+    """Documents laid end to end and cut into samples of `seq_length + 1` ids.
 
     Args:
         store: the token data set.
@@ -37,6 +63,11 @@ class PackedDataset:
         num_samples: samples that will be asked for (see `GPTNeoXOrder`).
         seq_length: tokens the model sees, L.
         seed: seed of the order.
+        order: which order, of `ORDERS`.
+        labels: a data set in lock step with `store`: the id itself where it is to be learnt, else -100.
+
+    Raises:
+        UserError: the documents hold no token, or `labels` is not in lock step.
     """
 
     def __init__(
@@ -46,22 +77,65 @@ class PackedDataset:
         num_samples: int,
         seq_length: int,
         seed: int,
+        order: str = "gptneox",
+        labels: TokenStore | None = None,
     ) -> None:
+        if labels is not None:
+            _check_lock_step(store, labels)
         self.store = store
+        self.label_store = labels
+        self.documents = documents
         self.seq_length = seq_length
-        self.order = GPTNeoXOrder(store, documents, num_samples, seq_length, seed)
+        self.order = ORDERS[order](store, documents, num_samples, seq_length, seed)
 
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the documents that take part."""
+        if isinstance(self.documents, tuple):
+            # By the pointers of the index: the sizes need not be read.
+            unit, store = self.store.dtype.itemsize, self.store
+            ends = [int(store.pointers[i]) // unit if i < len(store) else store.num_tokens for i in self.documents]
+            return ends[1] - ends[0]
+        return int(self.store.sizes[self.documents].sum(dtype=np.int64))
+
     def __getitem__(self, i: int) -> np.ndarray:
         """Ids of the i-th sample served: int64 [L + 1]."""
+        return self._read(self.store, i)
+
+    def labels(self, i: int) -> np.ndarray | None:
+        """See SampleSource."""
+        return None if self.label_store is None else self._read(self.label_store, i)
+
+    def pieces(self, i: int) -> list[SourcePiece]:
+        """See SampleSource."""
+        return [SourcePiece(self.store.prefix, *piece) for piece in self.order.locate(i)]
+
+    def find(self, prefix: str, sequence: int) -> np.ndarray:
+        """See SampleSource."""
+        return self.order.find(sequence) if prefix == self.store.prefix else np.empty(0, np.int64)
+
+    def _read(self, store: TokenStore, i: int) -> np.ndarray:
         out = np.empty(self.seq_length + 1, np.int64)
         at = 0
         for sequence, offset, length in self.order.locate(i):
-            out[at : at + length] = self.store.get(sequence, offset, length)
+            out[at : at + length] = store.get(sequence, offset, length)
             at += length
         return out
+
+
+def _check_lock_step(store: TokenStore, labels: TokenStore) -> None:
+    if len(store) != len(labels):
+        what = f"has {len(labels)} documents and {store.prefix} {len(store)}"
+    elif (odd := np.flatnonzero(store.sizes != labels.sizes)).size:
+        first = int(odd[0])
+        sizes = int(labels.sizes[first]), int(store.sizes[first])
+        what = f"has {sizes[0]} labels in document {first}, where {store.prefix} has {sizes[1]} ids"
+    else:
+        return
+    raise UserError(f"{labels.prefix} {what}: labels go with ids one by one, so prepare both from the same text")
 
 
 class BlendedDataset:
@@ -88,18 +162,46 @@ class BlendedDataset:
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Ids of the i-th sample of the blend: int64 [L + 1]."""
+        part, number = self._part(i)
+        return part[number]
+
+    def labels(self, i: int) -> np.ndarray | None:
+        """See SampleSource."""
+        part, number = self._part(i)
+        return part.labels(number)
+
+    def pieces(self, i: int) -> list[SourcePiece]:
+        """See SampleSource."""
+        part, number = self._part(i)
+        return part.pieces(number)
+
+    def find(self, prefix: str, sequence: int) -> np.ndarray:
+        """See SampleSource."""
+        found = [np.empty(0, np.int64)]
+        for k, part in enumerate(self.datasets):
+            mine = part.find(prefix, sequence)
+            if mine.size:
+                taken = np.flatnonzero(self.dataset_index == k)
+                found.append(taken[mine[mine < len(taken)]])
+        return np.sort(np.concatenate(found))
+
+    def _part(self, i: int) -> tuple[PackedDataset, int]:
         if not 0 <= i < len(self):
             raise UserError(f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps")
-        return self.datasets[int(self.dataset_index[i])][int(self.dataset_sample_index[i])]
+        return self.datasets[int(self.dataset_index[i])], int(self.dataset_sample_index[i])
 
 
-def labels_of(ids: np.ndarray, eod: int | None = None) -> np.ndarray:
+def labels_of(ids: np.ndarray, eod: int | None = None, learnt: np.ndarray | None = None) -> np.ndarray:
     """Next-token labels of ids [..., L + 1]: int64 [..., L].
 
-    With `eod`, the label is -100 wherever the *input* token is the end of a document, as
-    GPT-NeoX's `eod_mask_loss` has it: what follows another document cannot be predicted.
+    Args:
+        eod: the label is -100 wherever the *input* token is this one, the end of a document, as GPT-NeoX's
+            `eod_mask_loss` has it: what follows another document cannot be predicted.
+        learnt: labels of the same shape as `ids`, not yet shifted, negative where nothing is learnt; None: the ids.
     """
-    labels = ids[..., 1:].astype(np.int64)
+    labels = (ids if learnt is None else learnt)[..., 1:].astype(np.int64)
+    if learnt is not None:
+        labels[labels < 0] = IGNORED
     if eod is not None:
         labels[ids[..., :-1] == eod] = IGNORED
     return labels

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from castalia.config import Config
-from castalia.data.blend import blend_requests
+from castalia.data.blend import blend_requests, weights_by_num_documents
 from castalia.data.order import split_documents
 from castalia.data.plan import evaluation_samples
 from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
@@ -101,19 +101,45 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
         for split in SPLITS:
             paths = getattr(config.data, f"{split}_paths")
             if paths and counts[split] > 0:
-                weights = getattr(config.data, f"{split}_weights") or [1.0] * len(paths)
                 stores = [_open(path, config, fingerprints) for path in paths]
+                labels = getattr(config.data, f"{split}_label_paths")
+                label_stores: list[TokenStore | None] = [None] * len(paths)
+                if labels:
+                    label_stores = [_open(path, config, fingerprints) for path in labels]
+                weights = getattr(config.data, f"{split}_weights") or [1.0] * len(paths)
+                if data.weights_alpha is not None:
+                    documents_ = [len(store) for store in stores]
+                    weights = weights_by_num_documents(documents_, data.weights_alpha, data.weights_formula)
                 wanted = blend_requests(weights, counts[split])
-                parts_ = [_packed(s, (0, len(s)), n, config) for s, n in zip(stores, wanted, strict=True)]
+                parts_ = [
+                    _packed(store, (0, len(store)), number, config, own)
+                    for store, number, own in zip(stores, wanted, label_stores, strict=True)
+                ]
                 datasets[split] = BlendedDataset(parts_, weights, counts[split]) if len(parts_) > 1 else parts_[0]
     if steps > 0 and "train" not in datasets:
         raise UserError("no training data: give data.path (with data.split), or data.train_paths")
     table = tokenizer.token_bytes() if tokenizer is not None else None
     train = datasets.get("train")
     laid = train.datasets if isinstance(train, BlendedDataset) else [train] if isinstance(train, PackedDataset) else []
-    mine = [data.path] if data.path is not None else data.train_paths or []
+    mine = [data.path] if data.path is not None else [*(data.train_paths or []), *(data.train_label_paths or [])]
     trained = [fingerprints[prefix] for prefix in mine if prefix in fingerprints]
-    return RunData(datasets, fingerprints, trained, [p.order.num_epochs for p in laid], tokenizer, table)
+    # A permutation's order does not depend on how many epochs there will be.
+    epochs = [part.order.num_epochs for part in laid] if data.order == "gptneox" else []
+    return RunData(datasets, fingerprints, trained, epochs, tokenizer, table)
+
+
+def repeats(data: RunData) -> list[str]:
+    """A sentence for each training set: how often its documents are read during the run."""
+    train = data.datasets.get("train")
+    if isinstance(train, BlendedDataset):
+        taken = [(part, int((train.dataset_index == k).sum())) for k, part in enumerate(train.datasets)]
+    else:
+        taken = [(train, train.order.num_samples)] if isinstance(train, PackedDataset) else []
+    lines = []
+    for part, samples in taken:
+        times = samples * part.seq_length / part.num_tokens
+        lines.append(f"{part.store.prefix} is read {times:.3g} times: {samples:,} samples of {part.seq_length} tokens")
+    return lines
 
 
 def missing_splits(config: Config, data: RunData, steps: int) -> list[str]:
@@ -149,7 +175,7 @@ def _prefixes(config: Config) -> list[str]:
 
 
 def _open(prefix: str, config: Config, fingerprints: dict[str, str]) -> TokenStore:
-    store = TokenStore(prefix)
+    store = TokenStore(prefix, lazy=config.data.order == "permutation")
     fingerprints[prefix] = data_fingerprint(store)
     vocab = config.model.vocab_size
     known = (store.info or {}).get("tokenizer", {}).get("vocab_size")
@@ -160,6 +186,9 @@ def _open(prefix: str, config: Config, fingerprints: dict[str, str]) -> TokenSto
     return store
 
 
-def _packed(store: TokenStore, documents: tuple[int, int], samples: int, config: Config) -> PackedDataset:
-    seed = config.training.seed if config.data.seed is None else config.data.seed
-    return PackedDataset(store, documents, samples, config.data.seq_length, seed)
+def _packed(
+    store: TokenStore, documents: tuple[int, int], samples: int, config: Config, labels: TokenStore | None = None
+) -> PackedDataset:
+    data = config.data
+    seed = config.training.seed if data.seed is None else data.seed
+    return PackedDataset(store, documents, samples, data.seq_length, seed, data.order, labels)

@@ -26,7 +26,7 @@ from castalia.model.transformer import Transformer
 from castalia.optim.optimizers import optimizer_kind
 from castalia.parallel.layout import check_layout, layout_of
 from castalia.parallel.world import World, enter_world
-from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer
+from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats
 from castalia.train.start import check_start
 
 _LAYERS_TRIED = 200
@@ -80,7 +80,9 @@ def prepare_run(config: Config) -> Prepared:
     if not any(Path(full.run_dir, "checkpoints").glob("step-*")):  # else it goes on from its own
         check_start(full.start)
     data = open_data(full, steps, tokenizer)
-    return Prepared(full, derivation, tokenizer, size, world, data, _warnings(full, data, tokenizer, steps))
+    return Prepared(
+        full, [*derivation, *repeats(data)], tokenizer, size, world, data, _warnings(full, data, tokenizer, steps)
+    )
 
 
 def _warnings(config: Config, data: RunData, tokenizer: Tokenizer | None, steps: int) -> list[str]:

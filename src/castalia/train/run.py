@@ -280,6 +280,7 @@ class Run:
             eod,
             cfg.data.mask_loss_at_eod,
             vocab_size=cfg.model.vocab_size,
+            document_mask=cfg.data.document_mask,
         )
 
     def _assemble(self) -> Begun | None:

@@ -1,0 +1,65 @@
+"""Data features end to end: masked documents, label data sets, and orders that outlive a change of length."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from castalia.config import Config
+from castalia.data.store import StoreWriter, TokenStore
+from castalia.errors import UserError
+from castalia.train.data import open_data, open_tokenizer, repeats
+from castalia.train.run import train
+
+
+def test_documents_kept_apart_are_learnt(tiny_values):
+    tiny_values["data"] |= {"document_mask": True, "order": "permutation"}
+    apart = train(Config.model_validate(tiny_values), quiet=True)
+    (batch, _) = apart.loader.batch(apart.loader.plan.at(0))
+    assert batch.doc_ids is not None and batch.doc_ids.max() > 0
+    assert (batch.positions[batch.doc_ids.diff(dim=1, prepend=batch.doc_ids[:, :1] - 1) != 0] == 0).all()
+    mixed = tiny_values | {
+        "output": tiny_values["output"] + "2",
+        "data": tiny_values["data"] | {"document_mask": False},
+    }
+    together = train(Config.model_validate(mixed), quiet=True)
+    assert math.isfinite(apart.last["train"]["loss"])
+    assert apart.last["train"]["loss"] != together.last["train"]["loss"]
+
+
+def test_only_labels_are_learnt(tiny_values, tiny_data, tmp_path):
+    """With a label at every eighth id of a document, an eighth of the loss's terms is left."""
+    store = TokenStore(tiny_data)
+    with StoreWriter(tmp_path / "labels", "i4") as writer:
+        for d in range(len(store)):
+            ids = store.get(d).astype(np.int64)
+            writer.add_document(np.where(np.arange(len(ids)) % 8 == 0, ids, -100))
+        writer.finish()
+    paths = {"train_paths": [str(tiny_data)], "train_label_paths": [str(tmp_path / "labels")]}
+    tiny_values["data"] = {**paths, "seq_length": 32}
+    tiny_values["evaluation"] = {"interval": None, "at_end": False}
+    run = train(Config.model_validate(tiny_values), quiet=True)
+    batches = run.loader.batch(run.loader.plan.at(3))
+    share = sum(batch.num_tokens for batch in batches) / (8 * 32)
+    assert 0.1 < share < 0.15 and math.isfinite(run.last["train"]["loss"])
+
+
+def test_blend_by_documents_and_how_often_it_is_read(tiny_values, tiny_data):
+    paths = [str(tiny_data)] * 2
+    tiny_values["data"] = {"train_paths": paths, "weights_alpha": 0.5, "seq_length": 32, "order": "permutation"}
+    config = Config.model_validate(tiny_values)
+    data = open_data(config, 12, open_tokenizer(config))
+    taken = 12 * 8 // 2 * 32 / TokenStore(tiny_data).num_tokens
+    assert [line.split(": ")[0] for line in repeats(data)] == [f"{tiny_data} is read {taken:.3g} times"] * 2
+    assert data.epochs == []  # a longer run has the same order
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"train_weights": [1.0], "weights_alpha": 0.3}, "not both"), ({"train_label_paths": ["a", "b"]}, "one data set")],
+)
+def test_contradictions_are_refused(more, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        Config.model_validate({"data": {"train_paths": ["x"], **more}})
