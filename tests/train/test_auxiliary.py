@@ -133,7 +133,7 @@ def test_no_label_of_another_document_is_predicted():
 
     auxiliary = Auxiliary(one.loss, one.model.cfg)
     auxiliary.add(sums, collected, data.labels, 1.0, head, documents)
-    assert auxiliary._sums["mtp_tokens_2"] == 4 * (3 + 6)  # of 5 and of 7 tokens
+    assert auxiliary._noted["mtp_tokens_2"] == 4 * (3 + 6)  # of 5 and of 7 tokens
 
 
 def test_further_tokens_are_seen_neither_early_nor_in_generation():

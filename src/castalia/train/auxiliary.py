@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from castalia.config import LossConfig, ModelConfig
@@ -26,8 +27,10 @@ class Auxiliary:
 
     def __init__(self, loss: LossConfig, model: ModelConfig) -> None:
         self._loss, self._model = loss, model
-        self._sums: dict[str, float] = {}
+        # Tensors on the device until `reduce`, so that no micro-batch waits for the one before.
+        self._noted: dict[str, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
+        self._sums: dict[str, float] = {}
         self.experts: dict[int, list[int]] = {}
         """Tokens of each expert in the global batch, by executed layer; filled by `reduce`."""
 
@@ -77,11 +80,11 @@ class Auxiliary:
         Args:
             total: sums numbers over the ranks that have other sequences.
         """
-        if not self._sums and not self._counts:
+        if not self._noted:
             return
-        counts = [n for layer in self._counts for n in self._counts[layer].tolist()]
-        values = total([*self._sums.values(), *counts])
-        self._sums = dict(zip(self._sums, values, strict=False))
+        here = torch.cat([v.double().reshape(-1) for v in (*self._noted.values(), *self._counts.values())])
+        values = total(here.tolist())
+        self._sums = dict(zip(self._noted, values, strict=False))
         rest = iter(values[len(self._sums) :])
         self.experts = {layer: [int(next(rest)) for _ in range(len(n))] for layer, n in self._counts.items()}
 
@@ -102,4 +105,4 @@ class Auxiliary:
         return out
 
     def _note(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._noted[name] = self._noted[name] + value if name in self._noted else value

@@ -149,8 +149,8 @@ class LocalEngine:
             moe = self.model.experts_of(layer)
             # A layer that is executed several times has one router.
             layers[moe] = layers.get(moe, 0) + torch.tensor(counts, device=self.device)
-        for moe, counts in layers.items():
-            moe.router.rebalance(counts)
+        for moe, used in layers.items():
+            moe.router.rebalance(used)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
