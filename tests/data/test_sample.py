@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from castalia.data.blend import blend_requests
+from castalia.data.loader import Loader, Shard
+from castalia.data.plan import RunPlan
 from castalia.data.sample import BlendedDataset, PackedDataset, labels_of
 from castalia.data.store import StoreWriter, TokenStore
 from castalia.errors import UserError
@@ -98,3 +102,32 @@ def test_labels_in_lock_step(store: TokenStore, tmp_path: Path) -> None:
 def test_tokens_that_take_part(store: TokenStore, documents: tuple[int, int] | np.ndarray) -> None:
     numbers = range(*documents) if isinstance(documents, tuple) else documents
     assert PackedDataset(store, documents, 3, 8, 1).num_tokens == sum(int(store.sizes[d]) for d in numbers)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(world=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2]), step=st.integers(0, 4))
+def test_layout_changes_neither_ids_nor_labels_nor_documents(
+    tmp_path_factory: pytest.TempPathFactory, world: int, micro: int, step: int
+) -> None:
+    prefix = tmp_path_factory.getbasetemp() / "layouts"
+    for name in ("", "-labels"):
+        if not Path(f"{prefix}{name}.idx").exists():
+            with StoreWriter(f"{prefix}{name}", "i4") as writer:
+                for d, size in enumerate([5, 1, 9, 30, 2, 17]):
+                    writer.add_document(np.arange(size) + 100 * d if not name or d % 2 else np.full(size, -100))
+                writer.finish()
+    stores = TokenStore(prefix), TokenStore(f"{prefix}-labels")
+    parts = [PackedDataset(stores[0], (0, 6), 40, 8, seed, "permutation", stores[1]) for seed in (1, 2)]
+    plan = RunPlan(8, 8, 5)
+    source = BlendedDataset(parts, [1.0, 3.0], plan.num_samples)
+
+    def rows(world: int, micro: int) -> list[tuple[list[int], ...]]:
+        found = []
+        for rank in range(world):
+            for b in Loader(source, plan, Shard(rank, world), micro, document_mask=True).batch(plan.at(step)):
+                assert b.sample_ids is not None and b.doc_ids is not None
+                columns = (b.sample_ids[:, None], b.tokens, b.labels, b.doc_ids, b.positions)
+                found += list(zip(*(column.tolist() for column in columns), strict=True))
+        return sorted(found)
+
+    assert rows(world, micro) == rows(1, 8)
