@@ -67,34 +67,6 @@ _ONLY_PLAIN = {
 }
 
 
-# Fields whose other values add or move tensors that GPT-NeoX has not, or whose layout there is not known yet.
-_ONLY_PLAIN = {
-    **{"norm_placement": "pre", "attention_out_bias": True, "head_bias": False, "rotary_scaling": "none"},
-    **{"moe_num_experts": 0, "mtp_depth": 0},
-}
-
-
-# Fields whose other values add or move tensors that GPT-NeoX has not, or whose layout there is not known yet.
-_ONLY_PLAIN = {
-    **{"norm_placement": "pre", "attention_out_bias": True, "head_bias": False, "rotary_scaling": "none"},
-    **{"moe_num_experts": 0, "mtp_depth": 0},
-}
-
-
-# Fields whose other values add or move tensors that GPT-NeoX has not, or whose layout there is not known yet.
-_ONLY_PLAIN = {
-    **{"norm_placement": "pre", "attention_out_bias": True, "head_bias": False, "rotary_scaling": "none"},
-    **{"moe_num_experts": 0, "mtp_depth": 0},
-}
-
-
-# Fields whose other values add or move tensors that GPT-NeoX has not, or whose layout there is not known yet.
-_ONLY_PLAIN = {
-    **{"norm_placement": "pre", "attention_out_bias": True, "head_bias": False, "rotary_scaling": "none"},
-    **{"moe_num_experts": 0, "mtp_depth": 0},
-}
-
-
 def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
     """The table of this model, in the order of GPT-NeoX's modules; their names are `I.NAME`.
 
@@ -116,18 +88,6 @@ def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
     gated = [kind for kind in model.attention_kinds if kind in GATED_MLPS]
     if gated:
         raise UserError(f"model.attention: the tensors of {gated[0]} layers cannot be converted to or from GPT-NeoX's")
-    for key, plain in _ONLY_PLAIN.items():
-        if getattr(model, key) != plain:
-            raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
-    for key, plain in _ONLY_PLAIN.items():
-        if getattr(model, key) != plain:
-            raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
-    for key, plain in _ONLY_PLAIN.items():
-        if getattr(model, key) != plain:
-            raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
-    for key, plain in _ONLY_PLAIN.items():
-        if getattr(model, key) != plain:
-            raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
     for key, plain in _ONLY_PLAIN.items():
         if getattr(model, key) != plain:
             raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
