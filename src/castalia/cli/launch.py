@@ -126,7 +126,7 @@ def _submit(args: argparse.Namespace, config: Any, command: list[str], text: str
         print(json.dumps({"file": text}) if args.json else text, end="")
         return 0
     path = Path(args.output) if args.output else Path(config.run_dir, "launch", name)
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)  # Slurm drops a job whose log it cannot open
+    Path(config.run_dir, "launch").mkdir(parents=True, exist_ok=True)  # Slurm drops a job whose log it cannot open
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     if shutil.which(command[0]) is None:

@@ -43,7 +43,7 @@ def sbatch_file(config: Config, arguments: Sequence[str]) -> str:
         "time": launch.time,
         "nodelist": slurm_list("include", launch.include),
         "exclude": slurm_list("exclude", launch.exclude),
-        "output": f"{config.run_dir}/slurm-%j.out",
+        "output": f"{config.run_dir}/launch/slurm-%j.out",
         "signal": f"TERM@{_WARNING}",
         "requeue": True,
         "open-mode": "append",
