@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     size = model_size(full)
     steps = full.training.steps or 0
     tokens = steps * full.training.batch_size * full.data.seq_length
+    state = size.weight_bytes + size.gradient_bytes + size.optimizer_bytes + size.working_bytes
     answer = {
         "name": full.name,
         **size.as_dict(),
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         "tokens": tokens,
         "total_flops": tokens * size.flops_per_token,
         "vocab_size": full.model.vocab_size,
-        "state_bytes": size.weight_bytes + size.gradient_bytes + size.optimizer_bytes + size.working_bytes,
+        "state_bytes": state,
     }
     if args.json:
         print(json.dumps(answer, indent=2))
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         ("gradients", f"{size.gradient_bytes / 2**20:,.1f} MiB fp32"),
         ("optimizer", f"{size.optimizer_bytes / 2**20:,.1f} MiB fp32"),
         ("bf16 copies", f"{size.working_bytes / 2**20:,.1f} MiB"),
-        ("together", f"{answer['state_bytes'] / 2**20:,.1f} MiB, and activations on top"),
+        ("together", f"{state / 2**20:,.1f} MiB, and activations on top"),
     ]
     for label, text in rows:
         print(f"{label:<20} {text}")

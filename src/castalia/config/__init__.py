@@ -8,15 +8,15 @@ from castalia.config.schema import (
     EvaluationConfig,
     LoggingConfig,
     LossConfig,
-    ModelConfig,
     OptimizerConfig,
     PerformanceConfig,
     ScheduleConfig,
-    Section,
     StartConfig,
     TokenizerConfig,
     TrainingConfig,
 )
+from castalia.config.schema_model import ModelConfig
+from castalia.config.section import Section
 
 __all__ = [
     "CheckpointConfig",

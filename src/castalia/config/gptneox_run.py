@@ -46,7 +46,8 @@ def start_optimizer(given: Given) -> bool | None:
 def start_step(given: Given) -> int | None:
     """Which checkpoint of several."""
     if start_path(given) is not None or "iteration" not in given:
-        return given["iteration"]
+        step: int | None = given["iteration"]
+        return step
     if given["load"] is not None:
         given.fail(
             "iteration",

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
     def experts_of(self, layer: int) -> MoE:
         """The mixture of an executed layer that has one; modules that look ahead count on from the last layer."""
         ahead = layer - len(self.order)
-        block = self.layers[self.order[layer]] if ahead < 0 else self.mtp[ahead].block
+        block = self.layers[self.order[layer]] if ahead < 0 else cast(AheadModule, self.mtp[ahead]).block
         return cast("MoE", block.mlp)
 
     def forward(
@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         for number, module in enumerate(self.mtp):
             embedded = wide(self.embedding(shifted(tokens, number + 1, 0)))
             x = module(x, embedded, len(self.order) + number, context)
-            collected.ahead.append(module.norm(x))
+            collected.ahead.append(cast(AheadModule, module).norm(x))
 
     def _embed(self, tokens: Tensor, positions: Tensor, key: DropoutKey | None) -> Tensor:
         x = wide(self.embedding(tokens))

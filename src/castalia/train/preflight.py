@@ -155,7 +155,9 @@ def check_directory(run_dir: str) -> None:
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a run needs a folder: choose another name or output")
-    if not path.is_dir() or any((path / ours).exists() for ours in ("checkpoints", "run.lock", "metrics.jsonl", "launch")):
+    if not path.is_dir() or any(
+        (path / ours).exists() for ours in ("checkpoints", "run.lock", "metrics.jsonl", "launch")
+    ):
         return
     foreign = sorted(entry.name for entry in path.iterdir() if not _may_be_there(entry.name))
     if foreign:
