@@ -3,10 +3,13 @@
 import re
 
 import pytest
+import torch
 
 from castalia.errors import UserError
+from castalia.model.transformer import Transformer
 from castalia.parallel.layout import Layout, check_layout, layout_of
 from castalia.parallel.plans import bounds, entry
+from castalia.parallel.stages import layer_stages, partition
 from castalia.tools.verify import shrink, verify_layouts, verify_resume, with_settings
 
 DROPOUT = ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")
@@ -20,6 +23,11 @@ PAIRS = {
     "tp2": (*DROPOUT, "model.position=alibi", "model.tie_embeddings=true"),
     "tp2sp": (*DROPOUT, "model.residual=parallel", "model.activation=swiglu"),
     "cp2": (*DROPOUT, "model.position=rpe", "model.num_kv_heads=4"),
+    "pp2": (*DROPOUT, "model.tie_embeddings=true"),
+    "pp2interleaved": (),
+    "pp2zerobubble": DROPOUT,
+    "tp2pp2": (*DROPOUT, "model.position=alibi"),
+    "zero3pp2": ("model.tie_embeddings=true",),
     "zero3cp2tp2": ("model.position=learned", "model.qk_norm=true", "model.norm=rmsnorm"),
 }
 
@@ -58,6 +66,9 @@ def test_planted_faults_are_found_and_named(config_of, fault, name, first):
         ({"procs": 3}, (), "training.batch_size 16 does not divide"),
         ({"zero": 3, "shard": 3, "procs": 4}, (), "parallel.shard 3 does not divide the 4"),
         ({"context": 3, "procs": 3}, (), "data.seq_length 32 does not divide by parallel.context 3"),
+        ({"pipeline": 5, "procs": 5}, (), "model.num_layers 4 is less than the 5 stages"),
+        ({"pipeline": 2, "procs": 2}, ("model.position=rpe",), "model.position rpe does not go through a pipeline"),
+        ({"pipeline": 2, "procs": 4, "zero": 1, "schedule": "zero_bubble"}, (), "zero_bubble splits the backward pass"),
         ({"tensor": 2, "procs": 2, "performance.compile": True}, (), "performance.compile"),
     ],
 )
@@ -80,6 +91,23 @@ def test_a_parameter_without_a_plan_is_refused():
         entry("layers.3.other.weight")
 
 
+def test_layers_are_shared_out_so_that_the_dearest_stage_is_cheapest():
+    assert partition([1.0] * 7, 3) == [range(3), range(3, 5), range(5, 7)]
+    assert partition([5.0, 1, 1, 1, 5], 3) == [range(1), range(1, 4), range(4, 5)]
+    assert partition([1.0, 1.0], 2) == [range(1), range(1, 2)]
+
+
+def test_a_pattern_says_which_layers_count(config_of):
+    def stages(method):
+        config = shrink(config_of(f"parallel.partition={method}", "parallel.pipeline=2"))
+        with torch.device("meta"):
+            return layer_stages(Transformer(config.model), config)
+
+    assert stages("type:transformer") == stages("uniform") == [range(2), range(2, 4)]
+    with pytest.raises(UserError, match="matches no layer"):
+        stages("type:mamba")
+
+
 def test_ranks_are_numbered_with_tensor_ranks_side_by_side():
     layout = Layout(pipeline=2, replicate=1, shard=3, context=1, tensor=2)
     places = [layout.coordinate(rank) for rank in range(layout.world)]
@@ -95,7 +123,7 @@ def test_bounds_cover_everything_once(size, ranks):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero3", "tp2"), ("tp2sp", "hsdp")])
+@pytest.mark.parametrize(("before", "after"), [("zero3", "tp2"), ("tp2sp", "zero3pp2")])
 def test_a_killed_job_goes_on_in_another_layout(config_of, before, after):
     verdict = verify_resume(config_of("model.tie_embeddings=true"), before, after)
     assert verdict.good, verdict

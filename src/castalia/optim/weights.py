@@ -102,7 +102,8 @@ def low_precision_names(model: nn.Module) -> list[str]:
     Every one but embeddings that are only looked up, and the routers of experts: small, and a token whose
     best experts lie close would change its mind by rounding.
     """
-    tied = not any(name.startswith("head.") for name, _ in model.named_parameters())
+    cfg = getattr(model, "cfg", None)  # a part of a model may lack the head
+    tied = cfg.tie_embeddings if cfg else not any(name.startswith("head.") for name, _ in model.named_parameters())
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if tied:
         tables.discard("embedding.weight")

@@ -182,6 +182,19 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
         raise UserError("model.num_unique_layers shares layers between stages of a pipeline: set parallel.pipeline=1")
     if model.soft_prompt_tokens:
         raise UserError("model.soft_prompt_tokens cannot be trained through a pipeline: set parallel.pipeline=1")
+    for key, there in (
+        ("model.position rpe", model.position == "rpe"),
+        ("model.moe_num_experts", model.moe_num_experts),
+        ("model.mtp_depth", model.mtp_depth),
+        ("data.document_mask", getattr(config.data, "document_mask", False)),
+        ("loss.normalisation micro_batch_mean", config.loss.normalisation != "tokens"),
+    ):
+        if there:
+            raise UserError(f"{key} does not go through a pipeline yet: set parallel.pipeline=1")
+    if layout.zero and config.parallel.schedule == "zero_bubble":
+        raise UserError(
+            "parallel.schedule zero_bubble splits the backward pass, ZeRO does not: set parallel.zero=0"
+        )
     micro = config.training.batch_size // (config.micro_batch_size * layout.data)
     if config.parallel.schedule in ("interleaved", "zero_bubble") and micro % layout.pipeline:
         raise UserError(

@@ -53,8 +53,30 @@ class Mesh:
                 AXES,
                 ("shard", "context"),
                 ("replicate", "shard"),
+                AXES[:-1],
             ):
                 self._groups[axes] = self._make(axes)
+
+        self._ends = self._make_ends() if layout.pipeline > 1 else None
+
+    def _make_ends(self) -> ProcessGroup | None:
+        """This rank's group of the first and the last stage's ranks; None on other stages."""
+        import torch.distributed as dist
+
+        stride, mine = self.world.size // self.layout.pipeline, None
+        for first in range(stride):
+            ranks = [first, first + (self.layout.pipeline - 1) * stride]
+            group = dist.new_group(ranks)
+            if self.world.rank in ranks:
+                mine = group
+        return mine
+
+    def sum_over_ends(self, value: Tensor) -> None:
+        """Sum a tensor that the first and the last stage of the pipeline both hold, in place."""
+        import torch.distributed as dist
+
+        assert self._ends is not None, "only the ends of a pipeline share something"
+        dist.all_reduce(value, group=self._ends)
 
     def _make(self, axes: tuple[str, ...]) -> ProcessGroup | None:
         if self.size(*axes) == 1:

@@ -52,7 +52,8 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
     check_layout(config, mesh.layout)
     with torch.device("meta"):
         model = Transformer(config.model)
-    places = wrap(model, config, mesh)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model, places = wrap(model, config, mesh)
     model.to_empty(device=mesh.device)
     fill(model, places, config)
     if mesh.layout.zero:
@@ -60,13 +61,20 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
 
         inner: WeightStore = ShardedStore(model, config.optimizer, mesh.layout.zero)
     else:
-        inner = make_store(model, config.optimizer, config.training.precision, config.performance.arena)
-    return Parts(model, SpreadStore(inner, places, mesh), places)
+        # Several micro-batches pass a pipeline before bf16 gradients could be moved to fp32: masters take them at once.
+        arena = config.performance.arena and (mesh.layout.pipeline == 1 or config.training.precision == "fp32")
+        inner = make_store(model, config.optimizer, config.training.precision, arena)
+    return Parts(model, SpreadStore(inner, places, mesh, shapes), places)
 
 
-def wrap(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Place]:
-    """Cut a model on the meta device, in place; where each parameter that is left lies in the whole one."""
+def wrap(model: Transformer, config: Config, mesh: Mesh) -> tuple[Transformer, dict[str, Place]]:
+    """Cut a model on the meta device: this rank's part, and where each of its parameters lies in the whole one."""
     layout = mesh.layout
+    stages = []
+    if layout.pipeline > 1:
+        from castalia.parallel.stages import Part, layer_stages
+
+        stages = layer_stages(model, config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     copies = mesh.size("replicate", "shard", "context")
     places = tensor_places(shapes, layout.tensor, mesh.index("tensor"), layout.sequence, copies)
@@ -78,11 +86,16 @@ def wrap(model: Transformer, config: Config, mesh: Mesh) -> dict[str, Place]:
         from castalia.parallel.context import spread_sequence
 
         spread_sequence(model, mesh)
+    if stages:
+        ends = {"embedding.weight"} if model.head is None else set()
+        model = Part(model, stages, range(mesh.index("pipeline"), len(stages), layout.pipeline))
+        held = [name for name, _ in model.named_parameters()]
+        places = {n: replace(places[n], copies=places[n].copies * (2 if n in ends else 1)) for n in held}
     if layout.zero:
         from castalia.parallel.shards import shard
 
         places = shard(model, places, config, mesh)
-    return places
+    return model, places
 
 
 @torch.no_grad()

@@ -33,10 +33,13 @@ class SpreadStore:
         inner: of this rank's part.
         places: where each of its parameters lies.
         mesh: the ranks.
+        shapes: of all parameters of the whole model; this rank may have a part of none of some.
     """
 
-    def __init__(self, inner: WeightStore, places: dict[str, Place], mesh: Mesh) -> None:
-        self.inner, self._places, self._mesh = inner, places, mesh
+    def __init__(
+        self, inner: WeightStore, places: dict[str, Place], mesh: Mesh, shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        self.inner, self._places, self._mesh, self._shapes = inner, places, mesh, shapes
         self.optimizer = inner.optimizer
         self.prepare, self.working, self.collect = inner.prepare, inner.working, inner.collect
         self.discard, self.refresh, self.set_updates = inner.discard, inner.refresh, inner.set_updates
@@ -50,6 +53,8 @@ class SpreadStore:
             self._sum(self.inner.gradient_buffers(), *GRADIENT_AXES)
         gradients = self.inner.gradients()
         self._sum([g for n, g in gradients.items() if self._places[n].partial], "tensor")
+        if self._mesh.layout.pipeline > 1 and "head.weight" not in self._shapes and "embedding.weight" in gradients:
+            self._mesh.sum_over_ends(gradients["embedding.weight"])
 
     def gradient_buffers(self) -> list[Tensor]:
         """See WeightStore; of this rank's part."""
@@ -90,4 +95,9 @@ class SpreadStore:
             kind, _, rest = key.partition(".")
             place = self._places[rest if kind == "model" else rest.rpartition(".")[0]]
             out[key] = Piece(tensor, place.shape, place.offset)
+        moments = {key.rpartition(".")[2] for key in out if key.startswith("optimizer.")}
+        for name, shape in self._shapes.items():
+            if name not in self._places:
+                for key in (f"model.{name}", *(f"optimizer.{name}.{moment}" for moment in moments)):
+                    out[key] = Piece(torch.empty(0, *shape[1:]), shape, (0,) * len(shape))
         return out

@@ -47,6 +47,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2sp": (2, {"tensor": 2, "sequence": True}),
     "cp2": (2, {"context": 2}),
     "zero3cp2tp2": (4, {"context": 2, "tensor": 2, "sequence": True, "zero": 3}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2gpipe": (2, {"pipeline": 2, "schedule": "gpipe"}),
+    "pp2interleaved": (2, {"pipeline": 2, "schedule": "interleaved"}),
+    "pp2zerobubble": (2, {"pipeline": 2, "schedule": "zero_bubble"}),
+    "pp4": (4, {"pipeline": 4}),
+    "tp2pp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
+    "zero3pp2": (4, {"zero": 3, "pipeline": 2}),
+    "zero3tp2pp2": (8, {"zero": 3, "tensor": 2, "pipeline": 2}),
     "dp2tp2": (4, {"tensor": 2}),
     "zero3tp2": (4, {"tensor": 2, "zero": 3}),
 }
@@ -279,7 +287,7 @@ def train_small(
         clip = config.optimizer.clip_grad
         parts.store.step(lr, (norm + 1e-6) / clip if clip and norm > clip else None)
     for name, tensor in parts.store.tensors().items():
-        if name.startswith("model."):
+        if name.removeprefix("model.") in (parts.places or dict(parts.model.named_parameters())):
             short = name.removeprefix("model.")
             trace.shapes[short] = tuple(tensor.shape)
             trace.weights[short] = parts.part(short, getattr(tensor, "local", tensor))
@@ -303,6 +311,9 @@ class InventedText:
         ids = (draw.integers(1, self._vocab_size) + 3 * np.arange(self.seq_length + 1)) % self._vocab_size
         ids[draw.random(self.seq_length + 1) < 0.1 * (number % 6)] = 0
         return ids.astype(np.int64)
+
+    def labels(self, number: int) -> None:
+        """None: the next token is the label."""
 
     def __len__(self) -> int:
         return 1 << 30

@@ -7,7 +7,7 @@ around them; on several, each rank gets its part of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -65,7 +65,12 @@ def assemble(config: Config, mesh: Mesh) -> Assembled:
     from castalia.parallel.parallelize import parallelize, vocabulary_of
 
     parts = parallelize(config, mesh)
-    engine = LocalEngine(
-        parts.model, parts.store, config.loss, config.performance.compile, seed, mesh, vocabulary_of(config, mesh)
-    )
+    vocabulary = vocabulary_of(config, mesh)
+    if mesh.layout.pipeline > 1:
+        from castalia.parallel.stages import Part
+        from castalia.train.engine_pipeline import PipelineEngine
+
+        pipeline = PipelineEngine(cast(Part, parts.model), parts.store, config, mesh, vocabulary)
+        return Assembled(mesh, parts.model, parts.store, pipeline, parts.places)
+    engine = LocalEngine(parts.model, parts.store, config.loss, config.performance.compile, seed, mesh, vocabulary)
     return Assembled(mesh, parts.model, parts.store, engine, parts.places)

@@ -1,0 +1,153 @@
+"""Layers -> stages of a pipeline: which layers each holds, and a model that is one rank's stages.
+
+    costs of the layers ──partition──> contiguous stages, the dearest as cheap as can be
+    stage s is held by rank s mod P:   rank 0: stages 0, P, ...   the last rank: the last stage
+
+A stage keeps its layers' names and global numbers; the first has the embedding, the last the final norm
+and the output matrix. Where these are one matrix, both ends hold it and their gradients are summed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from castalia.config import Config
+from castalia.errors import UserError
+from castalia.model.dropout import DropoutKey
+from castalia.model.transformer import Transformer
+from castalia.parallel.layout import stages_of
+
+
+def partition(costs: Sequence[float], stages: int) -> list[range]:
+    """Cut a row of layers into contiguous stages, none empty, so that the largest sum of costs is smallest.
+
+    Among equals the earlier stages take more, as GPT-NeoX's `uniform` does.
+    """
+    n = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[k][i]: the least possible maximum with the last n - i layers in k stages; and where the first of these ends.
+    best = [[(float("inf"), 0)] * (n + 1) for _ in range(stages + 1)]
+    best[0][n] = (0.0, n)
+    for k in range(1, stages + 1):
+        for i in range(n - k, -1, -1):
+            options = ((max(sums[j] - sums[i], best[k - 1][j][0]), -j) for j in range(i + 1, n - k + 2))
+            worst, end = min(options, default=(float("inf"), 0))
+            best[k][i] = (worst, -end)
+    out, start = [], 0
+    for k in range(stages, 0, -1):
+        end = best[k][start][1]
+        out.append(range(start, end))
+        start = end
+    return out
+
+
+def layer_stages(model: Transformer, config: Config) -> list[range]:
+    """The layers of each stage by `parallel.partition`.
+
+    Raises:
+        UserError: its pattern matches no layer.
+    """
+    method, layers = config.parallel.partition, list(model.layers)
+    if method == "uniform":
+        costs = [1.0] * len(layers)
+    elif method == "parameters":
+        costs = [float(sum(p.numel() for p in layer.parameters())) for layer in layers]
+        costs[0] += model.embedding.weight.numel()
+        costs[-1] += model.cfg.vocab_size * model.cfg.hidden_size
+    else:
+        pattern = method.removeprefix("type:")
+        names = [(type(layer).__name__, "transformer") for layer in layers]
+        costs = [float(any(re.search(pattern, name, re.IGNORECASE) for name in both)) for both in names]
+        if not any(costs):
+            raise UserError(f"parallel.partition {method!r} matches no layer: these are {names[0][0]}")
+    return partition(costs, stages_of(config))
+
+
+class Part(Transformer):
+    """The stages of a model that one rank holds.
+
+    Args:
+        model: the whole one, on the meta device; its modules are taken over.
+        stages: the layers of every stage.
+        mine: numbers of the stages held here.
+    """
+
+    def __init__(self, model: Transformer, stages: Sequence[range], mine: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        self.cfg, self.order, self.masks = model.cfg, model.order, model.masks
+        first, last = 0 in mine, len(stages) - 1 in mine
+        tied = model.head is None
+        empty = cast(Any, None)
+        self.embedding = model.embedding if first or (last and tied) else empty
+        self.position_embedding = model.position_embedding if first else None
+        self.relative_bias = self.soft_prompt = None
+        held = [i for stage in mine for i in stages[stage]]
+        self.layers = cast(Any, nn.ModuleDict({str(i): model.layers[i] for i in held}))
+        self.final_norm = model.final_norm if last else empty
+        self.head = model.head if last else None
+        self.mtp = nn.ModuleList()
+        self.stages, self.mine = list(stages), list(mine)
+        self.seed = self.step = 0
+        self.drops, self.first_row = False, 0
+
+    def forward(  # type: ignore[override]
+        self, stage: int, x: Tensor, positions: Tensor, sample_ids: Tensor | None = None
+    ) -> Tensor:
+        """One stage: token ids `[B, S]` for the first, hidden states else; hidden states come out.
+
+        Args:
+            stage: its number.
+            positions: int64 `[B, S]`.
+            sample_ids: int64 `[B]`, on which dropout depends; needed while `drops`.
+        """
+        key = None
+        if self.drops and sample_ids is not None:
+            key = DropoutKey(self.seed, self.step, sample_ids, self.first_row)
+        if stage == 0:
+            x = self._embed(x, positions, key)
+        # All rows have the same positions: one row is enough, and masks are described once.
+        context = self._context(positions[0], 0, None, key)
+        for layer in self.stages[stage]:
+            x = self.layers[cast(Any, str(layer))](x, layer, context)
+        return self.final_norm(x) if stage == len(self.stages) - 1 else x
+
+
+class Stage(nn.Module):
+    """One stage as torch's pipelining wants it: a module with the stage's parameters.
+
+    Args:
+        part: which holds it.
+        number: of the stage.
+        run: calls the part, with its working weights.
+    """
+
+    def __init__(self, part: Part, number: int, run: Any) -> None:
+        super().__init__()
+        self.number, self._run = number, run
+        held = [part.layers[cast(Any, str(i))] for i in part.stages[number]]
+        first, last = number == 0, number == len(part.stages) - 1
+        ends = [part.embedding, part.position_embedding] if first else []
+        ends += [part.final_norm, part.head or part.embedding] if last else []
+        self.held = nn.ModuleList([*held, *(module for module in ends if module is not None)])
+
+    def forward(self, x: Tensor, positions: Tensor, sample_ids: Tensor) -> Tensor:
+        """See Part."""
+        return self._run(self.number, x, positions, sample_ids)
+
+
+def elsewhere(shapes: dict[str, tuple[int, ...]], part: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that other stages hold."""
+    here = {name for name, _ in part.named_parameters()}
+    return {name: shape for name, shape in shapes.items() if name not in here}
+
+
+def nothing_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A part of a tensor that has no rows."""
+    return torch.empty(0, *shape[1:], device=device)

@@ -1,0 +1,151 @@
+"""One step through a pipeline: the same two methods as the other engine, so the loop does not know of it.
+
+    all micro-batches ─> first stage ─> ... ─> last stage ─> loss / tokens of the global batch
+                              <─ gradients, in the order of parallel.schedule <─
+
+torch.distributed.pipelining moves activations and decides who computes when. A schedule is made for
+each number and shape of micro-batches, over the same stages. Every rank learns the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import pipelining
+from torch.func import functional_call
+
+from castalia.config import Config
+from castalia.data.loader import Batch
+from castalia.model.loss import VocabularyShard
+from castalia.model.registry import LOSSES, look_up
+from castalia.optim import WeightStore
+from castalia.parallel.context import stretch
+from castalia.parallel.mesh import Mesh
+from castalia.parallel.stages import Part, Stage
+from castalia.train.engine import StepStats
+
+SCHEDULES: dict[str, tuple[str, bool]] = {
+    "gpipe": ("ScheduleGPipe", False),
+    "1f1b": ("Schedule1F1B", False),
+    "interleaved": ("ScheduleInterleaved1F1B", True),
+    "zero_bubble": ("ScheduleInterleavedZeroBubble", True),
+}
+"""torch's class for each word, and whether a rank holds several stages."""
+SUMMED = ("pipeline", "replicate", "shard", "context")
+
+
+class PipelineEngine:
+    """See Engine.
+
+    Args:
+        part: this rank's stages.
+        store: of their weights.
+        config: complete.
+        mesh: the ranks.
+        vocabulary: how the loss reaches rows of the output matrix that other ranks hold.
+    """
+
+    def __init__(
+        self, part: Part, store: WeightStore, config: Config, mesh: Mesh, vocabulary: VocabularyShard | None
+    ) -> None:
+        self.part, self.store, self.config, self.mesh, self.vocabulary = part, store, config, mesh, vocabulary
+        self.loss_sums = look_up(LOSSES, config.loss.function, "loss.function")
+        model = config.model
+        self._drops = model.hidden_dropout > 0 or model.attention_dropout > 0
+        part.seed = config.training.seed
+        self._stages = [Stage(part, number, self._run) for number in part.mine]
+        self._schedules: dict[tuple[int, ...], Any] = {}
+        self._scale = 1.0
+        self._seen: list[Tensor] = []
+
+    def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
+        """See Engine."""
+        self.part.step, self.part.drops = step, self._drops
+        self._scale = 1.0 / max(global_tokens, 1)
+        self.store.prepare(True, True)
+        nll, tokens = self._through(micro_batches, train=True)
+        self.store.collect()
+        self.store.reduce()
+        return self._stats(nll, tokens)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
+        """See Engine; micro-batches go through in groups as large as a training step's."""
+        self.part.drops, self._scale = False, 1.0
+        config, nll, tokens = self.config, 0.0, 0
+        size = config.training.batch_size // (config.micro_batch_size * self.mesh.layout.data)
+        group: list[Batch] = []
+        for batch in micro_batches:
+            group.append(batch)
+            if len(group) == size:
+                part_nll, part_tokens = self._through(group, train=False)
+                nll, tokens, group = nll + part_nll, tokens + part_tokens, []
+        assert not group, "an evaluation reads whole batches"
+        return self._stats(nll, tokens)
+
+    def updated(self) -> None:
+        """Nothing follows."""
+
+    def _through(self, micro_batches: Sequence[Batch], train: bool) -> tuple[float, int]:
+        """Run micro-batches; their summed losses and valid tokens, on the last stage's rank, and zeros elsewhere."""
+        held = [stretch(batch, self.mesh) for batch in micro_batches]
+        device = self.mesh.device
+        tokens, labels, positions = (
+            torch.cat([getattr(b, name) for b in held]).to(device) for name in ("tokens", "labels", "positions")
+        )
+        if any(b.sample_ids is None or b.doc_ids is not None for b in held):
+            raise ValueError("a pipeline needs numbered samples, and documents that are not kept apart")
+        ids = torch.cat([b.sample_ids for b in held if b.sample_ids is not None]).to(device)
+        self.part.first_row = self.mesh.index("context") * tokens.shape[1]
+        schedule = self._schedule(len(held), tuple(tokens.shape))
+        self._seen.clear()
+        given: dict[str, Any] = {"positions": positions, "sample_ids": ids}
+        last = len(self.part.stages) - 1 in self.part.mine
+        if last:
+            given |= {"target": labels, "losses": [], "return_outputs": False}
+        run = schedule.step if train else schedule.eval
+        run(*((tokens,) if 0 in self.part.mine else ()), **given)
+        # A new schedule first learns the shapes from a pass that does not count.
+        return (sum(nll.item() for nll in self._seen[-len(held) :]), int((labels >= 0).sum())) if last else (0.0, 0)
+
+    def _run(self, number: int, x: Tensor, positions: Tensor, sample_ids: Tensor) -> Tensor:
+        out: Tensor = functional_call(self.part, self.store.working(), (number, x, positions, sample_ids))
+        return out
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of one micro-batch in the last stage."""
+        weights, part, cfg = self.store.working(), self.part, self.config.loss
+        sums = self.loss_sums(
+            hidden,
+            weights[part.head_name] if weights else part.head_weight,
+            labels,
+            bias=weights.get("head.bias") if weights else part.head_bias,
+            scale=self._scale,
+            z_loss=cfg.z_loss,
+            chunk_size=cfg.chunk_size,
+            shard=self.vocabulary,
+        )
+        self._seen.append(sums.nll.detach())
+        loss: Tensor = sums.scaled
+        return loss
+
+    def _schedule(self, count: int, shape: tuple[int, ...]) -> Any:
+        key = (count, *shape)
+        if key not in self._schedules:
+            name, several = SCHEDULES[self.config.parallel.schedule]
+            group, total = self.mesh.group("pipeline"), len(self.part.stages)
+            stages = [
+                pipelining.PipelineStage(stage, stage.number, total, self.mesh.device, group=group)
+                for stage in self._stages
+            ]
+            make: Any = getattr(pipelining, name)
+            held = stages if several else stages[0]
+            self._schedules[key] = make(held, count, loss_fn=self._loss, scale_grads=False)
+        return self._schedules[key]
+
+    def _stats(self, nll: float, tokens: int) -> StepStats:
+        nll, count = self.mesh.sum([nll, tokens], *SUMMED)
+        return StepStats(nll, int(count), nll / max(count, 1))
