@@ -18,6 +18,11 @@ import torch
 _FP32_ERROR = 5e-6
 
 
+def flushes_denormals() -> bool:
+    """Whether this thread takes numbers below the normal ones for 0; torch sets it, but does not tell."""
+    return bool(torch.tensor(1e-40).mul(1.0).eq(0.0))
+
+
 def choose_fp32_matmul(device: torch.device) -> str:
     """Set torch's fp32 matmul precision for `device` and return its name.
 

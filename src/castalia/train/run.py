@@ -26,7 +26,7 @@ from castalia.data.loader import Loader, Shard
 from castalia.data.plan import Amendment, RunPlan, journal_to_json
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
-from castalia.model.kernels import choose_fp32_matmul
+from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
 from castalia.model.soft_prompt import prompt_from_tokens
 from castalia.parallel.layout import layout_of
 from castalia.parallel.mesh import Mesh
@@ -135,6 +135,7 @@ class Run:
             self.mesh = Mesh(layout_of(self.config.parallel, self.world.size), self.world)
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            opened.callback(torch.set_flush_denormal, flushes_denormals())
             if self.config.logging.log_dir is not None:
                 opened.enter_context(copied_output(self.config.logging.log_dir, self.world.rank))
             begun = self._assemble()

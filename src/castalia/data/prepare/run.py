@@ -301,7 +301,8 @@ class _Run:
     def finish(self, described: list[dict[str, Any]]) -> dict[str, Any]:
         """Put the data sets in place, the first one last."""
         if self.writers[0].num_tokens == 0:
-            raise UserError(f"the {len(described)} input files hold no text at all: give files with text")
+            names = ", ".join(str(each["name"]) for each in described[:3]) + (", ..." if len(described) > 3 else "")
+            raise UserError(f"there is no text at all in {names}: give files with text")
         self.note()
         content = self.recipe.tokenizer.file_bytes()
         summary: dict[str, Any] = {}
