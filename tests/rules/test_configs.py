@@ -117,6 +117,7 @@ TWINS: dict[str, tuple[str, int, int]] = {
     "slurm_local.json": ("slurm_125M.yml", 50304, gpt(12, 768)),
     "slurm_local.yml": ("slurm_125M.yml", 50304, gpt(12, 768)),
     "text_generation.yml": ("125M.yml", 50304, gpt(12, 768)),
+    "20B.yml": ("", 50432, 20_554_567_680),
     "gmlp_small.yml": ("", 50304, gmlp(12, 768, 2048)),
     "sparse.yml": ("125M.yml", 50304, gpt(12, 768)),
     "mistral/7B.yml": ("llama/train_config.yml", 32000, 7_241_732_096),
@@ -148,7 +149,6 @@ TWINS: dict[str, tuple[str, int, int]] = {
 
 # Files that are refused: with which others, the key at fault, and what would have to be there.
 REFUSED: dict[str, tuple[str, str, str]] = {
-    "20B.yml": ("", "pipe_parallel_size", "pipeline parallelism"),
     "bnb_125M.yml": ("", "use_bnb_optimizer", "8-bit Adam"),
     "rwkv/170M.yml": ("", "attention_config", "layers of kind rwkv"),
     **{

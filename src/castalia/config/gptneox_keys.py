@@ -112,6 +112,12 @@ TRANSLATED: dict[str, Translated] = {
     "gpt_j_tied": _same("bool", False),
     "use_bias_in_attn_linear": _same("bool", True),
     "use_bias_in_mlp": _same("bool", True),
+    # parallel
+    "pipe_parallel_size": _same("int", 0),
+    "model_parallel_size": _same("int", 1),
+    "sequence_parallel": _same("bool", False),
+    "zero_optimization": _same("mapping"),
+    "pipe_partition_method": _same("text", "type:transformer|mlp"),
     # optimizer and schedule
     "optimizer": _same("mapping"),
     "weight_decay": Translated("number", 0.1, 0.01),
@@ -229,10 +235,8 @@ _REPORTED = {
         curriculum_seqlen""",
     "an object or a counter of the running program, not a setting": """
         tensorboard_writer comet_experiment tokenizer user_script""",
-    "how weights and moments are spread over devices changes no value": """
-        zero_optimization zero_allow_untested_optimizer""",
-    "matters only where layers are spread over pipeline stages": "pipe_partition_method",
-    "matters only where matrices are spread over devices": "sequence_parallel output_layer_parallelism",
+    "how weights and moments are spread over devices changes no value": "zero_allow_untested_optimizer",
+    "the output matrix is spread by rows of the vocabulary": "output_layer_parallelism",
     "gradients are summed in fp32": """
         fp32_allreduce prescale_gradients gradient_predivide_factor sparse_gradients communication_data_type
         data_types""",
@@ -271,8 +275,6 @@ _SPECIAL_DATA = [f"{split}_reward_data_paths" for split in _SPLITS] + [
     f"{sign}_{split}{label}_data_paths" for sign in ("pos", "neg") for split in _SPLITS for label in ("", "_label")
 ]
 REFUSED: dict[str, Refused] = {
-    "pipe_parallel_size": Refused("pipeline parallelism", (0, 1)),
-    "model_parallel_size": Refused("tensor parallelism", (0, 1)),
     # Unlike the rest of muP's keys, it counts in GPT-NeoX whether or not use_mup is set.
     "mup_rp_embedding_mult": Refused("scaled position embeddings", (1.0,)),
     "fp16_lm_cross_entropy": Refused("a loss in fp16", (False,)),
@@ -328,6 +330,8 @@ IDLE: dict[str, str] = {
     "moe_jitter_eps": "used only by moe_router_type topk with moe_num_experts above 1",
     **dict.fromkeys(("moe_expert_interval", "moe_top_k", "moe_router_type"), "used only with moe_num_experts above 1"),
     "param_sharing_style": "used only with num_unique_layers",
+    "sequence_parallel": "used only with model_parallel_size above 1",
+    "pipe_partition_method": "used only with pipe_parallel_size above 1",
 }
 
 COMPAT = "compat"  # ours: whose defaults and formulas a file follows

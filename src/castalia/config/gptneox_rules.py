@@ -14,6 +14,7 @@ from castalia.config.gptneox_given import Given, Rule, near
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
 from castalia.config.gptneox_model import MODEL_RULES, score_scaling
+from castalia.config.gptneox_parallel import PARALLEL_RULES
 from castalia.config.gptneox_run import RUN_RULES, resuming, saving
 
 # Theirs -> ours, the value as it is.
@@ -296,6 +297,7 @@ RULES: tuple[Rule, ...] = (
     Rule("data.weights_formula", ("weight_by_num_documents",), _by_documents(lambda g: "gptneox")),
     Rule("tokenizer.path", ("vocab_file", "tokenizer_type", "merge_file"), tokenizer_path),
     *RUN_RULES,
+    *PARALLEL_RULES,
 )
 # What is only checked: their keys, and the check.
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (

@@ -187,7 +187,6 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
         ("model.moe_num_experts", model.moe_num_experts),
         ("model.mtp_depth", model.mtp_depth),
         ("data.document_mask", getattr(config.data, "document_mask", False)),
-        ("loss.normalisation micro_batch_mean", config.loss.normalisation != "tokens"),
     ):
         if there:
             raise UserError(f"{key} does not go through a pipeline yet: set parallel.pipeline=1")

@@ -45,7 +45,7 @@ def shard(model: Transformer, places: dict[str, Place], config: Config, mesh: Me
 
     for name, block in model.layers.named_children():
         wrap(block, f"layers.{name}.", again)
-    head = model.head if model.head is not None else model.embedding
+    head = model.embedding if model.cfg.tie_embeddings else model.head
     if head is not None and matrices:
         fully_shard(head, mesh=ranks, mp_policy=low, reshard_after_forward=False)
     fully_shard(model, mesh=ranks, mp_policy=wide, reshard_after_forward=False)

@@ -60,7 +60,7 @@ def layer_stages(model: Transformer, config: Config) -> list[range]:
     elif method == "parameters":
         costs = [float(sum(p.numel() for p in layer.parameters())) for layer in layers]
         costs[0] += model.embedding.weight.numel()
-        costs[-1] += model.cfg.vocab_size * model.cfg.hidden_size
+        costs[-1] += model.embedding.weight.numel()
     else:
         pattern = method.removeprefix("type:")
         names = [(type(layer).__name__, "transformer") for layer in layers]
@@ -133,7 +133,7 @@ class Stage(nn.Module):
         self.number, self._run = number, run
         held = [part.layers[cast(Any, str(i))] for i in part.stages[number]]
         first, last = number == 0, number == len(part.stages) - 1
-        ends = [part.embedding, part.position_embedding] if first else []
+        ends: list[nn.Module | None] = [part.embedding, part.position_embedding] if first else []
         ends += [part.final_norm, part.head or part.embedding] if last else []
         self.held = nn.ModuleList([*held, *(module for module in ends if module is not None)])
 

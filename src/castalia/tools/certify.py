@@ -207,7 +207,15 @@ def certify_source_mutations(folder: Path) -> str:
     return table(("file", "read", "refused"), [*rows, ("all", *(f"{count:,}" for count in total))])
 
 
+def certify_layouts(folder: Path) -> str:
+    """Every layout x several models against one process: losses, gradients and updated weights, fp32."""
+    from castalia.tools import layouts
+
+    return layouts.certify_layouts(folder)
+
+
 CERTIFICATES: dict[str, Callable[[Path], str]] = {
+    "layouts": certify_layouts,
     "training_kills": certify_training_kills,
     "preparation_kills": certify_preparation_kills,
     "model_matrix": certify_model_matrix,

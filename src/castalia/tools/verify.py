@@ -287,7 +287,7 @@ def train_small(
         clip = config.optimizer.clip_grad
         parts.store.step(lr, (norm + 1e-6) / clip if clip and norm > clip else None)
     for name, tensor in parts.store.tensors().items():
-        if name.removeprefix("model.") in (parts.places or dict(parts.model.named_parameters())):
+        if name.startswith("model.") and getattr(tensor, "local", tensor).numel():
             short = name.removeprefix("model.")
             trace.shapes[short] = tuple(tensor.shape)
             trace.weights[short] = parts.part(short, getattr(tensor, "local", tensor))

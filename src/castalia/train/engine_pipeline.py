@@ -58,39 +58,42 @@ class PipelineEngine:
         part.seed = config.training.seed
         self._stages = [Stage(part, number, self._run) for number in part.mine]
         self._schedules: dict[tuple[int, ...], Any] = {}
-        self._scale = 1.0
-        self._seen: list[Tensor] = []
+        self._by_tokens = config.loss.normalisation == "tokens"
+        self._scale, self._micro_batches = 1.0, 1
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
         """See Engine."""
         self.part.step, self.part.drops = step, self._drops
-        self._scale = 1.0 / max(global_tokens, 1)
+        self._scale, self._micro_batches = 1.0 / max(global_tokens, 1), len(micro_batches) * self.mesh.layout.data
         self.store.prepare(True, True)
-        nll, tokens = self._through(micro_batches, train=True)
+        seen = self._through(micro_batches, train=True)
         self.store.collect()
         self.store.reduce()
-        return self._stats(nll, tokens)
+        nll, mean, count = self.mesh.sum(seen, *SUMMED)
+        return StepStats(nll, int(count), nll / max(count, 1) if self._by_tokens else mean / self._micro_batches)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """See Engine; micro-batches go through in groups as large as a training step's."""
         self.part.drops, self._scale = False, 1.0
-        config, nll, tokens = self.config, 0.0, 0
+        config, nll, tokens = self.config, 0.0, 0.0
         size = config.training.batch_size // (config.micro_batch_size * self.mesh.layout.data)
         group: list[Batch] = []
         for batch in micro_batches:
             group.append(batch)
             if len(group) == size:
-                part_nll, part_tokens = self._through(group, train=False)
+                part_nll, _, part_tokens = self._through(group, train=False)
                 nll, tokens, group = nll + part_nll, tokens + part_tokens, []
         assert not group, "an evaluation reads whole batches"
-        return self._stats(nll, tokens)
+        nll, tokens = self.mesh.sum([nll, tokens], *SUMMED)
+        return StepStats(nll, int(tokens), nll / max(tokens, 1))
 
     def updated(self) -> None:
         """Nothing follows."""
 
-    def _through(self, micro_batches: Sequence[Batch], train: bool) -> tuple[float, int]:
-        """Run micro-batches; their summed losses and valid tokens, on the last stage's rank, and zeros elsewhere."""
+    def _through(self, micro_batches: Sequence[Batch], train: bool) -> list[float]:
+        """Run micro-batches; sums of losses, of their means and of valid tokens on the last stage, zeros elsewhere."""
         held = [stretch(batch, self.mesh) for batch in micro_batches]
         device = self.mesh.device
         tokens, labels, positions = (
@@ -109,7 +112,8 @@ class PipelineEngine:
         run = schedule.step if train else schedule.eval
         run(*((tokens,) if 0 in self.part.mine else ()), **given)
         # A new schedule first learns the shapes from a pass that does not count.
-        return (sum(nll.item() for nll in self._seen[-len(held) :]), int((labels >= 0).sum())) if last else (0.0, 0)
+        seen = [(nll.item(), valid.item()) for nll, valid in self._seen[-len(held) :]] if last else []
+        return [sum(n for n, _ in seen), sum(n / max(v, 1) for n, v in seen), sum(v for _, v in seen)]
 
     def _run(self, number: int, x: Tensor, positions: Tensor, sample_ids: Tensor) -> Tensor:
         out: Tensor = functional_call(self.part, self.store.working(), (number, x, positions, sample_ids))
@@ -118,17 +122,18 @@ class PipelineEngine:
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of one micro-batch in the last stage."""
         weights, part, cfg = self.store.working(), self.part, self.config.loss
+        valid = (labels >= 0).sum()
         sums = self.loss_sums(
             hidden,
             weights[part.head_name] if weights else part.head_weight,
             labels,
             bias=weights.get("head.bias") if weights else part.head_bias,
-            scale=self._scale,
+            scale=self._scale if self._by_tokens else 1.0 / (self._micro_batches * valid.clamp(min=1)),
             z_loss=cfg.z_loss,
             chunk_size=cfg.chunk_size,
             shard=self.vocabulary,
         )
-        self._seen.append(sums.nll.detach())
+        self._seen.append((sums.nll.detach(), valid))
         loss: Tensor = sums.scaled
         return loss
 
@@ -145,7 +150,3 @@ class PipelineEngine:
             held = stages if several else stages[0]
             self._schedules[key] = make(held, count, loss_fn=self._loss, scale_grads=False)
         return self._schedules[key]
-
-    def _stats(self, nll: float, tokens: int) -> StepStats:
-        nll, count = self.mesh.sum([nll, tokens], *SUMMED)
-        return StepStats(nll, int(count), nll / max(count, 1))
