@@ -27,7 +27,7 @@ def _size(key: str) -> Any:
             return None
         if size < 0:
             given.fail(key, f"is {size}: give 1 or more")
-        return max(size, 1)
+        return max(int(size), 1)
 
     return value
 

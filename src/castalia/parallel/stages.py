@@ -10,10 +10,9 @@ and the output matrix. Where these are one matrix, both ends hold it and their g
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from castalia.config import Config
@@ -21,6 +20,7 @@ from castalia.errors import UserError
 from castalia.model.dropout import DropoutKey
 from castalia.model.transformer import Transformer
 from castalia.parallel.layout import stages_of
+from castalia.parallel.mesh import Mesh
 
 
 def partition(costs: Sequence[float], stages: int) -> list[range]:
@@ -142,12 +142,29 @@ class Stage(nn.Module):
         return self._run(self.number, x, positions, sample_ids)
 
 
-def elsewhere(shapes: dict[str, tuple[int, ...]], part: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that other stages hold."""
-    here = {name for name, _ in part.named_parameters()}
-    return {name: shape for name, shape in shapes.items() if name not in here}
+SCHEDULES: dict[str, tuple[str, bool]] = {
+    "gpipe": ("ScheduleGPipe", False),
+    "1f1b": ("Schedule1F1B", False),
+    "interleaved": ("ScheduleInterleaved1F1B", True),
+    "zero_bubble": ("ScheduleInterleavedZeroBubble", True),
+}
+"""torch's class for each word of parallel.schedule, and whether a rank holds several stages."""
 
 
-def nothing_of(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A part of a tensor that has no rows."""
-    return torch.empty(0, *shape[1:], device=device)
+def make_schedule(
+    word: str, stages: Sequence[Stage], total: int, micro_batches: int, loss: Callable[..., Tensor], mesh: Mesh
+) -> Any:
+    """torch's schedule for so many micro-batches of one shape.
+
+    Args:
+        word: parallel.schedule.
+        stages: held here, of `total`.
+        loss: of the last stage's hidden states and the labels of a micro-batch; its gradients are not averaged.
+    """
+    from torch.distributed import pipelining
+
+    name, several = SCHEDULES[word]
+    group = mesh.group("pipeline")
+    held = [pipelining.PipelineStage(stage, stage.number, total, mesh.device, group=group) for stage in stages]
+    make: Any = getattr(pipelining, name)
+    return make(held if several else held[0], micro_batches, loss_fn=loss, scale_grads=False)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import pipelining
 from torch.func import functional_call
 
 from castalia.config import Config
@@ -24,16 +23,9 @@ from castalia.model.registry import LOSSES, look_up
 from castalia.optim import WeightStore
 from castalia.parallel.context import stretch
 from castalia.parallel.mesh import Mesh
-from castalia.parallel.stages import Part, Stage
+from castalia.parallel.stages import Part, Stage, make_schedule
 from castalia.train.engine import StepStats
 
-SCHEDULES: dict[str, tuple[str, bool]] = {
-    "gpipe": ("ScheduleGPipe", False),
-    "1f1b": ("Schedule1F1B", False),
-    "interleaved": ("ScheduleInterleaved1F1B", True),
-    "zero_bubble": ("ScheduleInterleavedZeroBubble", True),
-}
-"""torch's class for each word, and whether a rank holds several stages."""
 SUMMED = ("pipeline", "replicate", "shard", "context")
 
 
@@ -140,13 +132,7 @@ class PipelineEngine:
     def _schedule(self, count: int, shape: tuple[int, ...]) -> Any:
         key = (count, *shape)
         if key not in self._schedules:
-            name, several = SCHEDULES[self.config.parallel.schedule]
-            group, total = self.mesh.group("pipeline"), len(self.part.stages)
-            stages = [
-                pipelining.PipelineStage(stage, stage.number, total, self.mesh.device, group=group)
-                for stage in self._stages
-            ]
-            make: Any = getattr(pipelining, name)
-            held = stages if several else stages[0]
-            self._schedules[key] = make(held, count, loss_fn=self._loss, scale_grads=False)
+            self._schedules[key] = make_schedule(
+                self.config.parallel.schedule, self._stages, len(self.part.stages), count, self._loss, self.mesh
+            )
         return self._schedules[key]
