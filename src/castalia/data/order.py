@@ -94,7 +94,7 @@ class GPTNeoXOrder:
         if isinstance(sizes, TokenStore) and isinstance(documents, tuple) and length >= _SHARED_FROM:
             key = {
                 "order": "gptneox 2",
-                "sizes": _sizes_digest(sizes, *documents),
+                "sizes": sizes_digest(sizes, *documents),
                 "documents": [int(edge) for edge in documents],
                 "epochs": self.num_epochs,
                 "samples": self.num_built,
@@ -197,7 +197,7 @@ def _tokens_of_range(sizes: TokenStore | np.ndarray, low: int, high: int) -> int
     return (ends[1] - ends[0]) // sizes.dtype.itemsize
 
 
-def _sizes_digest(store: TokenStore, low: int, high: int) -> str:
+def sizes_digest(store: TokenStore, low: int, high: int) -> str:
     """SHA-256 of what an order takes from an index, read in parts: all of it would be five times as much."""
     digest = hashlib.sha256()
     with open(store.idx_path, "rb") as file:

@@ -1,7 +1,7 @@
 """Sample i as an array of ids: a store and an order, put together.
 
-i ──order──> pieces (sequence, offset, length) ──┬─store──> ids int64 [L + 1]
-                                                 └─label store, in lock step──> labels int64 [L + 1]
+i ──order──> pieces (sequence, offset, length) ──┬─store──> ids int64 [L + 1], padded with 0
+                                                 └─label store, in lock step──> labels int64 [L + 1], with -100
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from castalia.data.blend import blend_index
-from castalia.data.order import GPTNeoXOrder
+from castalia.data.order import GPTNeoXOrder, Piece
 from castalia.data.order_permutation import PermutationOrder
+from castalia.data.packing import DocumentOrder
 from castalia.data.store import TokenStore
 from castalia.errors import UserError
 
 IGNORED = -100  # label of a position that is left out of the loss
+_RECENT = 256  # samples whose pieces are remembered: ids, labels and documents of a micro-batch are asked for in turn
 ORDERS: Mapping[str, type[Any]] = {"gptneox": GPTNeoXOrder, "permutation": PermutationOrder}
 
 
@@ -38,7 +40,7 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Ids of sample i: int64 [L + 1]."""
+        """Ids of sample i: int64 [L + 1], 0 where it is padded."""
         ...
 
     def labels(self, i: int) -> np.ndarray | None:
@@ -46,7 +48,7 @@ class SampleSource(Protocol):
         ...
 
     def pieces(self, i: int) -> list[SourcePiece]:
-        """Where the ids of sample i lie, in order: one piece for each document."""
+        """Where the ids of sample i lie, in order: one piece for each document; what they leave is padding."""
         ...
 
     def find(self, prefix: str, sequence: int) -> np.ndarray:
@@ -55,7 +57,7 @@ class SampleSource(Protocol):
 
 
 class PackedDataset:
-    """Documents laid end to end and cut into samples of `seq_length + 1` ids.
+    """Documents packed into samples of `seq_length + 1` ids.
 
     Args:
         store: the token data set.
@@ -65,6 +67,9 @@ class PackedDataset:
         seed: seed of the order.
         order: which order, of `ORDERS`.
         labels: a data set in lock step with `store`: the id itself where it is to be learnt, else -100.
+        packing: packed (documents end to end, cut every `seq_length` tokens), pack_until_overflow or
+            unpacked (whole documents, padded; see `DocumentOrder`).
+        allow_chopped: whole documents: cut one that is longer than a sample; False leaves it out.
 
     Raises:
         UserError: the documents hold no token, or `labels` is not in lock step.
@@ -79,6 +84,8 @@ class PackedDataset:
         seed: int,
         order: str = "gptneox",
         labels: TokenStore | None = None,
+        packing: str = "packed",
+        allow_chopped: bool = True,
     ) -> None:
         if labels is not None:
             _check_lock_step(store, labels)
@@ -86,7 +93,12 @@ class PackedDataset:
         self.label_store = labels
         self.documents = documents
         self.seq_length = seq_length
-        self.order = ORDERS[order](store, documents, num_samples, seq_length, seed)
+        self.order: Any = (
+            ORDERS[order](store, documents, num_samples, seq_length, seed)
+            if packing == "packed"
+            else DocumentOrder(store, documents, num_samples, seq_length, seed, order, packing, allow_chopped, labels)
+        )
+        self._recent: dict[int, list[Piece]] = {}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -101,28 +113,48 @@ class PackedDataset:
             return ends[1] - ends[0]
         return int(self.store.sizes[self.documents].sum(dtype=np.int64))
 
+    def times_read(self, samples: int) -> float:
+        """How often `samples` samples go through the documents."""
+        if isinstance(self.order, DocumentOrder):
+            return self.order.times_read(samples)
+        return samples * self.seq_length / self.num_tokens
+
     def __getitem__(self, i: int) -> np.ndarray:
         """Ids of the i-th sample served: int64 [L + 1]."""
-        return self._read(self.store, i)
+        return self._read(self.store, i, 0)
 
     def labels(self, i: int) -> np.ndarray | None:
         """See SampleSource."""
-        return None if self.label_store is None else self._read(self.label_store, i)
+        if self.label_store is not None:
+            return self._read(self.label_store, i, IGNORED)
+        # Without labels of its own only a padded sample has some that are not learnt.
+        whole = sum(piece.length for piece in self._locate(i)) == self.seq_length + 1
+        return None if whole else self._read(self.store, i, IGNORED)
 
     def pieces(self, i: int) -> list[SourcePiece]:
         """See SampleSource."""
-        return [SourcePiece(self.store.prefix, *piece) for piece in self.order.locate(i)]
+        return [SourcePiece(self.store.prefix, *piece) for piece in self._locate(i)]
 
     def find(self, prefix: str, sequence: int) -> np.ndarray:
         """See SampleSource."""
         return self.order.find(sequence) if prefix == self.store.prefix else np.empty(0, np.int64)
 
-    def _read(self, store: TokenStore, i: int) -> np.ndarray:
+    def _locate(self, i: int) -> list[Piece]:
+        found = self._recent.get(i)
+        if found is None:
+            found = self.order.locate(i)
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            self._recent[i] = found
+        return found
+
+    def _read(self, store: TokenStore, i: int, padding: int) -> np.ndarray:
         out = np.empty(self.seq_length + 1, np.int64)
         at = 0
-        for sequence, offset, length in self.order.locate(i):
+        for sequence, offset, length in self._locate(i):
             out[at : at + length] = store.get(sequence, offset, length)
             at += length
+        out[at:] = padding
         return out
 
 
