@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the score."""
     import torch
 
+    from castalia.cli.progress import bar
     from castalia.config import load
     from castalia.data.store import TokenStore
     from castalia.errors import UserError
@@ -39,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
             f"{args.data}: was made with another tokenizer than {args.run}'s: prepare it with the run's own"
         )
     seq_length = load([f"{args.run}/config.yaml"]).data.seq_length
-    score = score_store(model, tokenizer, store, seq_length, args.stride, max_tokens=args.max_tokens)
+    with bar("scoring", "tokens") as progress:
+        score = score_store(
+            model, tokenizer, store, seq_length, args.stride, max_tokens=args.max_tokens, progress=progress
+        )
     if args.json:
         print(json.dumps(score.as_dict()))
     else:
@@ -49,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{score.bits_per_byte:.4f} bits per byte, {line}, {score.bytes:,} bytes)")
         context = seq_length - (args.stride or max(1, seq_length // 2))
+        which = "each token" if args.max_tokens is None else f"the first {score.tokens:,} tokens"
         print(
-            f"each token of {args.data} once, with {context} tokens or more before it where there are so many; "
+            f"{which} of {args.data} once, with {context} tokens or more before it where there are so many; "
             "validation in training scores samples of its own split, whose first tokens have nothing before them"
         )
     return 0

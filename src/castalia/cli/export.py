@@ -18,9 +18,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export."""
+    from castalia.cli.progress import stages
     from castalia.tools.export import export_run
 
-    parity = export_run(Path(args.run), Path(args.output), args.step, check=not args.no_check)
+    with stages() as say:
+        parity = export_run(Path(args.run), Path(args.output), args.step, check=not args.no_check, say=say)
     if args.json:
         print(json.dumps({"output": args.output, **parity}))
     elif parity["checked"]:

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation."""
     import torch
 
+    from castalia.errors import UserError
     from castalia.generate.engine import generate
     from castalia.generate.load import load_run
     from castalia.model.kernels import choose_fp32_matmul
@@ -45,7 +46,12 @@ def run(args: argparse.Namespace) -> int:
     if max_tokens is None:
         longest = max(max(len(tokenizer.encode(prompt)), 1) for prompt in prompts)
         room = (model.cfg.max_position_embeddings or longest + 128) - longest
-        max_tokens = max(min(128, room), 1)
+        if room < 1:
+            raise UserError(
+                f"the longest prompt has {longest} tokens, which leaves no room in the "
+                f"{model.cfg.max_position_embeddings} that the model can see at once: shorten it"
+            )
+        max_tokens = min(128, room)
     results = generate(
         model,
         tokenizer,

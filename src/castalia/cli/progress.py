@@ -36,6 +36,34 @@ def preparation_progress(total_bytes: int | None) -> Iterator[Callable[[Progress
         yield update
 
 
+@contextmanager
+def bar(doing: str, unit: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback for (done so far, in all), drawn as a bar; None where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task(doing, total=None, said="")
+        yield lambda done, total: drawn.update(task, completed=done, total=total, said=f"{done:,} of {total:,} {unit}")
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None] | None]:
+    """A callback that says what is being done now; None where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
+
+
 def _lines(total_bytes: int | None) -> Callable[[Progress], None]:
     began = last = time.monotonic()
     before: int | None = None  # bytes that an interrupted preparation had done

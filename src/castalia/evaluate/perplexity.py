@@ -13,7 +13,7 @@ end-of-document id, as a generator would.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def score_store(
     stride: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TextScore:
     """Score a whole data set, in its stored order.
 
@@ -71,6 +72,7 @@ def score_store(
         stride: tokens that each window scores; None: half of seq_length.
         batch_size: windows per forward pass.
         max_tokens: score only the first so many.
+        progress: called after each batch with the tokens scored so far, and with all that will be.
 
     Raises:
         UserError: the data is empty, holds ids that the tokenizer does not have, or the stride does not fit.
@@ -93,6 +95,8 @@ def score_store(
                 scored = labels[labels != IGNORED]
                 tokens += scored.numel()
                 size += 0 if table is None else int(table[scored].sum())
+                if progress is not None:
+                    progress(tokens, len(ids) - 1)
     finally:
         model.train(training)
     if tokens == 0 or (table is not None and size == 0):

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ from castalia.model.transformer import Transformer
 TOLERANCE = 1e-4
 
 
-def export_run(run_dir: Path, output: Path, step: int | None = None, check: bool = True) -> dict[str, Any]:
+def export_run(
+    run_dir: Path,
+    output: Path,
+    step: int | None = None,
+    check: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Write a run's model as a Hugging Face folder.
 
     Args:
@@ -38,6 +45,7 @@ def export_run(run_dir: Path, output: Path, step: int | None = None, check: bool
         output: the folder to make; must not exist.
         step: checkpoint; None: the newest whole one.
         check: compare logits with transformers first.
+        say: told what is being done now.
 
     Returns:
         The figures of parity.json.
@@ -52,6 +60,8 @@ def export_run(run_dir: Path, output: Path, step: int | None = None, check: bool
         raise UserError(f"{output}: exists already: choose another folder, or remove it")
     if check and importlib.util.find_spec("transformers") is None:
         raise UserError("the export is checked against transformers: pip install 'castalia[export]', or say --no-check")
+    say = say or (lambda doing: None)
+    say("loading the run")
     model, tokenizer = load_run(run_dir, step)
     settings = huggingface_config(model.cfg, eod=tokenizer.eod)
     weights = {n: t.contiguous() for n, t in to_huggingface(model.state_dict(), model.cfg).items()}
@@ -59,10 +69,13 @@ def export_run(run_dir: Path, output: Path, step: int | None = None, check: bool
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
+        say("writing the weights")
         save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
         _write(fresh / "config.json", settings)
         _write(fresh / "generation_config.json", {"eos_token_id": tokenizer.eod, "do_sample": True})
         _write_tokenizer(fresh, tokenizer, model.cfg.max_position_embeddings)
+        if check:
+            say("comparing logits with transformers")
         parity = _parity(model, tokenizer.vocab_size, fresh) if check else {"checked": False}
         _write(fresh / "parity.json", parity)
         os.replace(fresh, output)
