@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -195,6 +198,21 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="comparison.json is not JSON"):
         write_report([run], output)
     assert not output.exists()
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there cannot be written: Is a directory"):
+        write_report([run], tmp_path / "there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "there"]
+
+
+def test_any_name_in_any_locale(tmp_path: Path) -> None:
+    output = write_run(tmp_path / "a") / "B\u00e4r.html"
+    command = [sys.executable, "-m", "castalia", "report", str(output.parent), "--output", str(output)]
+    done = subprocess.run(command, env=os.environ | {"LC_ALL": "C"}, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"") and output.is_file()
 
 
 def test_durations() -> None:

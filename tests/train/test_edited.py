@@ -54,9 +54,11 @@ def test_numerics_are_refused_with_the_list(interrupted, section, key, value, sa
     assert message.count("\n") == 1
 
 
-def test_numerics_may_be_accepted(interrupted) -> None:
+def test_numerics_may_be_accepted(interrupted, tmp_path) -> None:
     text = interrupted("optimizer", "lr", 0.02, "--accept")
     assert "going on with changed settings, as accepted: optimizer.lr: 0.01 -> 0.02" in text
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "changed settings were accepted: optimizer.lr: 0.01 -&gt; 0.02" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import castalia
+from castalia.config.files import write_text
 from castalia.errors import UserError
 from castalia.tools.page import dot, folded, heading, render, table, text
 from castalia.tools.plots import Series, chart, format_number, smooth
@@ -54,12 +54,7 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> None:
     page = render(" \u00b7 ".join(run.name for run in runs), report_body(runs))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, output)
+    write_text(output, page)
 
 
 def is_report(path: Path) -> bool:
