@@ -137,8 +137,10 @@ def test_interactive_generation(folder, capsys, monkeypatch) -> None:
     assert main(["train", "--quiet", "--no-report", "configs/model.yml", "configs/paths.yml"]) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe mat\n"))
     capsys.readouterr()
-    assert main(["deepy", "generate.py", *conf]) == 0
-    assert capsys.readouterr().out.count("Generated Text: ") == 2
+    assert main(["deepy", "generate.py", *conf, "-i", "unread.txt"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("Generated Text: ") == 2
+    assert "sample_input_file unread.txt is not read, since text_gen_type is interactive" in err
 
 
 @pytest.mark.parametrize(

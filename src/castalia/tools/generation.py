@@ -51,6 +51,8 @@ def generate_as_gptneox(folder: str, given: Given) -> Iterator[str]:
         given.fail("return_logits", "asks for logits beside the text, which is not implemented yet: remove it")
     if kind == "input-file" and not source:
         raise UserError("text_gen_type input-file needs 'sample_input_file', a file of prompts: add it")
+    if source and kind != "input-file":
+        print(f"castalia: sample_input_file {source} is not read, since text_gen_type is {kind}", file=sys.stderr)
     prompts = _read(str(source), values["prompt_end"]) if kind == "input-file" else [""] * values["num_samples"]
 
     from castalia.generate.load import load_run
