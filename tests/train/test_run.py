@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,16 @@ def test_performance_and_cosmetic_fields_may_change(tiny_values):
         train(changed(tiny_values, training={"exit_interval": 5}), quiet=True)
     run = train(changed(tiny_values, loss={"chunk_size": 7}, checkpoint={"interval": 2}), quiet=True)
     assert run.step == 12
+
+
+def test_a_run_whose_folder_is_removed_stops_with_a_sentence(tiny_config):
+    def remove(run: Run) -> None:
+        if run.step == 2:
+            shutil.rmtree(run.directory)
+
+    with pytest.raises(UserError, match="was removed while the run trained"):
+        train(tiny_config, callbacks=[remove], quiet=True)
+    assert not Path(tiny_config.run_dir).exists()
 
 
 def test_a_second_process_is_refused(tiny_config):

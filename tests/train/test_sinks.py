@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -111,8 +112,8 @@ def test_every_sink_is_closed_and_told_of_a_failure(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
 def test_a_full_disk_is_one_sentence():
     file = MetricsFile.__new__(MetricsFile)
-    file._path, file._file = "m.jsonl", open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(UserError, match="m.jsonl: cannot be written .No space left"):
+    file._path, file._file = Path("/dev/full"), open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(UserError, match="/dev/full: cannot be written .No space left"):
         file.write({"step": 1})
     file.close(failed=True)
 

@@ -112,11 +112,16 @@ class MetricsFile:
         """Append one record.
 
         Raises:
-            UserError: the system refuses (disk full, ...).
+            UserError: the system refuses (disk full, ...), or the file was removed.
         """
         try:
+            self._path.stat()  # what is written to a removed file is lost, and the system does not say so
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        except FileNotFoundError:
+            raise UserError(
+                f"{self._path}: was removed while the run trained: start again, and leave its folder alone"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"{self._path}: cannot be written ({error.strerror}): mend that, and the same command goes on "
