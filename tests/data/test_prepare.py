@@ -167,7 +167,7 @@ def test_failures_leave_nothing(tmp_path: Path, corpus: Path, bpe: HFTokenizer) 
     with pytest.raises(UserError, match=r"zzz\.jsonl:1 has no key"):
         prepare([corpus], tmp_path / "ds", bpe)
     (tmp_path / "blank.txt").write_text("")
-    with pytest.raises(UserError, match="hold no text"):
+    with pytest.raises(UserError, match="no text at all"):
         prepare([tmp_path / "blank.txt"], tmp_path / "ds", bpe)
     assert outputs(tmp_path / "ds") == {}
     tokenizer = ByteTokenizer()
