@@ -117,11 +117,20 @@ def test_truncated_index(work, capsys):
         ("optimizer.type=adamx", ["optimizer.type", "adamw"]),
         ("model.norm=batch", ["model.norm"]),
         ("performance.device=cuda:9", ["performance.device"]),
+        ("performance.device=tpu", ["performance.device", "leave it out"]),
         ("tokenizer.path=nowhere.json", ["nowhere.json"]),
+        ("model.activation=sine", ["model.activation", "swiglu"]),
+        # Slips of the hand.
+        ("model.num_layers=100000000", ["model.num_layers", "beyond 10000"]),
+        ("model.hidden_size=10000000000", ["more than can be addressed"]),
+        ("training.steps=1000000000000000", ["training.steps", "memory"]),
+        ("training.steps=99999999999999999999", ["command line: training.steps:", "cannot be read"]),
+        ("performance.threads=100000000", ["performance.threads"]),
     ],
 )
 def test_settings(work, capsys, override, words):
     refused(capsys, ["train", "run.yml", override], *words)
+    refused(capsys, ["config", "check", "run.yml", override], *words)
     assert not list(work.glob("run/checkpoints/step-*"))
 
 
@@ -131,6 +140,8 @@ def test_configuration_file(work, capsys):
     refused(capsys, ["train", "bad.yml"], "bad.yml:")
     (work / "twice.yml").write_text("optimizer:\n  lr: 1e-3\n  lr: 2e-3\n")
     refused(capsys, ["train", "twice.yml"], "twice.yml:3", "lr")
+    (work / "empty.yml").write_text("# nothing\n")
+    refused(capsys, ["config", "check", "empty.yml"], "empty.yml: holds no settings")
     (work / "other.yml").write_text("training: {steps: 5}\n")
     refused(capsys, ["train", "run.yml", "other.yml"], "other.yml:1", "training.steps", "run.yml:")
 

@@ -102,6 +102,8 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
             _merge(tree, document)
     for key, value in given:
         _override(tree, key, value)
+    if paths and not tree.values:
+        raise UserError(f"{paths[0]}: holds no settings: write some, for example {_example('training')}")
     return check(tree)
 
 
@@ -289,7 +291,10 @@ def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}': an override is written key=value, for example optimizer.lr=3e-4")
-    return key, parse_value(value)
+    try:
+        return key, parse_value(value)
+    except UserError as error:
+        raise UserError(f"command line: {key}: {str(error).removeprefix('command line:1: ')}") from None
 
 
 def _override(tree: Tree, key: str, value: Any) -> None:
@@ -338,6 +343,7 @@ def _expanded(value: Any) -> Any:
 _PATHS = {
     *("output", "start.path", "tokenizer.path", "logging.log_dir", "logging.tensorboard"),
     *("data.path", "data.train_paths", "data.valid_paths", "data.test_paths"),
+    *("data.label_path", "data.train_label_paths", "data.valid_label_paths", "data.test_label_paths"),
 }
 _SECTIONS = {
     name

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from castalia.config.schema_launch import LaunchConfig
-from castalia.config.schema_model import MOST_LAYERS as MOST_LAYERS
 from castalia.config.schema_model import ModelConfig
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.config.section import FieldClass as FieldClass
@@ -378,5 +377,3 @@ class Config(Section):
                 f"model.{key} makes a matrix of {rows[key]} x {model.hidden_size} numbers, more than can be addressed: "
                 "make it smaller"
             )
-        if model.num_layers > MOST_LAYERS:
-            raise ValueError(f"model.num_layers {model.num_layers} is beyond {MOST_LAYERS}: make it smaller")

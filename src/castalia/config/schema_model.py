@@ -286,6 +286,8 @@ class ModelConfig(AttentionSettings):
 
     @model_validator(mode="after")
     def _layers(self) -> ModelConfig:
+        if self.num_layers > MOST_LAYERS:  # before anything looks at each of them
+            raise ValueError(f"model.num_layers {self.num_layers} is beyond {MOST_LAYERS}: make it smaller")
         if self.norm_placement == "post" and self.residual != "sequential":
             raise ValueError("model.norm_placement post needs model.residual sequential")
         if self.head_bias and self.tie_embeddings:

@@ -74,7 +74,10 @@ def enter_world(device: str | None = None) -> World:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"performance.device: '{device}' cannot be used on this machine: {first}") from None
+        why = "" if first.startswith("Expected one of") else f" ({first})"  # torch's list of all devices there are
+        raise UserError(
+            f"performance.device: '{device}' cannot be used on this machine{why}: leave it out to take what there is"
+        ) from None
     return World(rank, size, chosen, local)
 
 

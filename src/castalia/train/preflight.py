@@ -30,6 +30,7 @@ from castalia.train.data import RunData, missing_splits, open_data, open_tokeniz
 from castalia.train.start import check_start
 
 _LAYERS_TRIED = 200
+_MOST_THREADS = 1024  # more than any machine's cores; so many that the system gives no more end the process
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def prepare_run(config: Config) -> Prepared:
         raise UserError("evaluation.characters: there is no tokenizer to count with: name it in tokenizer.path")
     if full.model.soft_prompt_text is not None and tokenizer is None:
         raise UserError("model.soft_prompt_text: there is no tokenizer to read it with: name it in tokenizer.path")
+    if (full.performance.threads or 0) > _MOST_THREADS:
+        raise UserError(f"performance.threads {full.performance.threads} is beyond {_MOST_THREADS}: make it smaller")
     size = model_size(full)
     check_directory(full.run_dir)
     world = enter_world(full.performance.device)
@@ -79,7 +82,13 @@ def prepare_run(config: Config) -> Prepared:
     _check_names(full)
     if not any(Path(full.run_dir, "checkpoints").glob("step-*")):  # else it goes on from its own
         check_start(full.start)
-    data = open_data(full, steps, tokenizer)
+    try:
+        data = open_data(full, steps, tokenizer)
+    except MemoryError:  # an int64 for each document of each epoch
+        raise UserError(
+            f"the order of the data for training.steps {steps}, training.batch_size {full.training.batch_size} and "
+            f"evaluation.batches {full.evaluation.batches} does not fit into this machine's memory: lower one of them"
+        ) from None
     return Prepared(
         full, [*derivation, *repeats(data)], tokenizer, size, world, data, _warnings(full, data, tokenizer, steps)
     )
