@@ -117,6 +117,7 @@ TRANSLATED: dict[str, Translated] = {
     "model_parallel_size": _same("int", 1),
     "sequence_parallel": _same("bool", False),
     "zero_optimization": _same("mapping"),
+    "checkpoint_activations": _same("bool", False),
     "pipe_partition_method": _same("text", "type:transformer|mlp"),
     # optimizer and schedule
     "optimizer": _same("mapping"),
@@ -241,7 +242,7 @@ _REPORTED = {
         fp32_allreduce prescale_gradients gradient_predivide_factor sparse_gradients communication_data_type
         data_types""",
     "recomputing activations saves memory and changes no value": """
-        checkpoint_activations checkpoint_num_layers contiguous_checkpointing checkpoint_in_cpu
+        checkpoint_num_layers contiguous_checkpointing checkpoint_in_cpu
         synchronize_each_layer profile_backward partition_activations activation_checkpointing""",
     "DeepSpeed is not used": """
         deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint""",

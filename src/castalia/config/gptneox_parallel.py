@@ -3,6 +3,7 @@
     pipe_parallel_size, model_parallel_size, sequence_parallel    pipeline (0 is 1), tensor, sequence
     zero_optimization.stage                                       zero
     pipe_partition_method                                         partition
+    checkpoint_activations                                        performance.recompute: full
 
 What else `zero_optimization` holds sizes buffers and overlaps; only offloading asks for something that
 is not there.
@@ -70,5 +71,8 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     Rule("parallel.tensor", ("model_parallel_size",), _size("model_parallel_size")),
     Rule("parallel.sequence", ("sequence_parallel", "model_parallel_size"), sequence),
     Rule("parallel.zero", ("zero_optimization",), zero),
+    Rule(
+        "performance.recompute", ("checkpoint_activations",), lambda g: "full" if g["checkpoint_activations"] else None
+    ),
     Rule("parallel.partition", ("pipe_partition_method", "pipe_parallel_size"), partition),
 )

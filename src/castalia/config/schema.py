@@ -278,6 +278,15 @@ class PerformanceConfig(Section):
         None, "CPU threads; null: as torch chooses (OMP_NUM_THREADS, else the physical cores)", "performance", ge=1
     )
     compile: bool = setting(False, "compile the model (pays back after minutes)", "performance")
+    recompute: Literal["none", "full", "selective"] = setting(
+        "none",
+        "activations of layers that are computed again in backward to save memory: none, all, or those that "
+        "are neither of matrix products nor of attention",
+        "performance",
+    )
+    recompute_every: int = setting(
+        1, "recompute every so manieth layer, from the first on", "performance", "layers", ge=1
+    )
     arena: bool = setting(True, "keep weights, moments and gradients in flat buffers", "performance")
     prefetch: int = setting(2, "steps of data read ahead in the background", "performance", "steps", ge=0)
     peak_flops: float | None = setting(

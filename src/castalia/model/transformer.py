@@ -27,6 +27,7 @@ from castalia.model.moe import MoE
 from castalia.model.mtp import AheadModule, shifted
 from castalia.model.norms import make_norm, wide
 from castalia.model.positions import rope_scaling, rotary_angles, sinusoids
+from castalia.model.recompute import LayerRunner, run_layer
 from castalia.model.registry import BLOCKS, look_up, register
 from castalia.model.soft_prompt import SoftPrompt, freeze_all_but_prompt
 
@@ -94,6 +95,7 @@ class Transformer(nn.Module):
         if cfg.vocab_size is None:
             raise UserError("model.vocab_size is not set and no tokenizer says it: give model.vocab_size")
         self.cfg, self.order = cfg, cfg.layer_order
+        self.runner: LayerRunner = run_layer
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.position_embedding, self.relative_bias, self.soft_prompt = None, None, None
         if cfg.position == "learned":
@@ -186,7 +188,7 @@ class Transformer(nn.Module):
                 x, positions = self.soft_prompt(x), _count_up_to(positions, self.prompt_length)
         context = self._context(positions, past, cache, dropout, documents)._replace(collected=collected)
         for layer, index in enumerate(self.order):
-            x = self.layers[index](x, layer, context)
+            x = self.runner(self.layers[index], x, layer, context)
         if first and cache is not None:
             cache.advance(self.prompt_length)
         if collected is not None:

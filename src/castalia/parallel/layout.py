@@ -112,6 +112,8 @@ def check_layout(config: Config, layout: Layout) -> None:
         raise UserError("logging.norms and logging.zero_gradients look at one process's weights: leave them out")
     if layout.world > 1 and config.model.soft_prompt_text is not None and (layout.zero or layout.tensor > 1):
         raise UserError("model.soft_prompt_text needs whole tables: set parallel.zero=0 and parallel.tensor=1")
+    if config.performance.compile and config.performance.recompute != "none":
+        raise UserError("performance.recompute and performance.compile do not go together: leave one out")
     if config.performance.compile and (layout.zero or layout.tensor > 1 or layout.pipeline > 1 or layout.context > 1):
         raise UserError(
             "performance.compile works on one device and with plain data parallelism so far: "
@@ -190,6 +192,8 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
     ):
         if there:
             raise UserError(f"{key} does not go through a pipeline yet: set parallel.pipeline=1")
+    if config.performance.recompute != "none" and config.parallel.schedule == "zero_bubble":
+        raise UserError("parallel.schedule zero_bubble goes back twice: set performance.recompute=none")
     if layout.zero and config.parallel.schedule == "zero_bubble":
         raise UserError(
             "parallel.schedule zero_bubble splits the backward pass, ZeRO does not: set parallel.zero=0"

@@ -1,6 +1,6 @@
 """Configuration and mesh -> this rank's part of the model, wrapped in the one order that works.
 
-    meta model ─tensor, sequence─> ─context─> ─stages of the pipeline─> ─ZeRO (FSDP2)─> memory ─> initial weights
+    meta model ─recomputation─> ─tensor, sequence─> ─context─> ─pipeline─> ─ZeRO (FSDP2)─> memory ─> initial weights
 
 The model is built on the meta device, where it weighs nothing, so that a rank only ever holds its
 part. Initial weights are functions of a parameter's name: each rank draws a parameter whole,
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from castalia.config import Config
 from castalia.model.initial import initial_value
 from castalia.model.loss import VocabularyShard
+from castalia.model.recompute import LayerRunner, Recompute, run_layer
 from castalia.model.transformer import Transformer
 from castalia.optim import WeightStore, make_store
-from castalia.parallel.layout import check_layout
+from castalia.parallel.layout import Layout, check_layout
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.plans import Place, bounds, tensor_places
 from castalia.parallel.store import SpreadStore
@@ -53,6 +54,7 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
     with torch.device("meta"):
         model = Transformer(config.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.runner = runner_of(config, mesh.layout)
     model, places = wrap(model, config, mesh)
     model.to_empty(device=mesh.device)
     fill(model, places, config)
@@ -126,6 +128,14 @@ def moved(place: Place, offset: int, rows: int, ranks: int) -> Place:
         local=(rows, *place.local[1:]),
         copies=place.copies // ranks,
     )
+
+
+def runner_of(config: Config, layout: Layout) -> LayerRunner:
+    """How layers are called: activations kept, or computed again as `performance.recompute` says."""
+    cfg = config.performance
+    if cfg.recompute == "none":
+        return run_layer
+    return Recompute(cfg.recompute == "selective", cfg.recompute_every, own_weights=layout.zero > 0)
 
 
 def vocabulary_of(config: Config, mesh: Mesh) -> VocabularyShard | None:

@@ -81,7 +81,7 @@ class Part(Transformer):
 
     def __init__(self, model: Transformer, stages: Sequence[range], mine: Sequence[int]) -> None:
         nn.Module.__init__(self)
-        self.cfg, self.order, self.masks = model.cfg, model.order, model.masks
+        self.cfg, self.order, self.masks, self.runner = model.cfg, model.order, model.masks, model.runner
         first, last = 0 in mine, len(stages) - 1 in mine
         tied = model.head is None
         empty = cast(Any, None)
@@ -115,7 +115,7 @@ class Part(Transformer):
         # All rows have the same positions: one row is enough, and masks are described once.
         context = self._context(positions[0], 0, None, key)
         for layer in self.stages[stage]:
-            x = self.layers[cast(Any, str(layer))](x, layer, context)
+            x = self.runner(self.layers[cast(Any, str(layer))], x, layer, context)
         return self.final_norm(x) if stage == len(self.stages) - 1 else x
 
 

@@ -16,6 +16,7 @@ from castalia.model.transformer import Transformer, build_model
 from castalia.optim import WeightStore, make_store
 from castalia.parallel.layout import check_layout
 from castalia.parallel.mesh import Mesh
+from castalia.parallel.parallelize import runner_of
 from castalia.parallel.plans import Place
 from castalia.train.engine import Engine, LocalEngine
 
@@ -59,6 +60,7 @@ def assemble(config: Config, mesh: Mesh) -> Assembled:
     if mesh.world.size == 1:
         check_layout(config, mesh.layout)
         model = build_model(config.model, seed, mesh.device)
+        model.runner = runner_of(config, mesh.layout)
         store = make_store(model, config.optimizer, config.training.precision, config.performance.arena)
         engine = LocalEngine(model, store, config.loss, config.performance.compile, seed)
         return Assembled(mesh, model, store, engine, {})
