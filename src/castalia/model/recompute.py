@@ -54,7 +54,7 @@ class Recompute:
         """See run_layer."""
         if layer % self._every or not torch.is_grad_enabled():
             return run_layer(block, x, layer, context)
-        weights = None if self._own_weights else dict(block.named_parameters())
+        weights: dict[str, Tensor] | None = None if self._own_weights else dict(block.named_parameters())
 
         def run(x: Tensor) -> Tensor:
             if weights is None:

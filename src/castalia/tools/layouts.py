@@ -36,8 +36,8 @@ def certify_layouts(folder: Path) -> str:
     rows: list[tuple[str, ...]] = []
     for model, overrides in MODELS.items():
         config = load([path], overrides)
-        names = [n for n, (_, s) in LAYOUTS.items() if not (s.get("tensor", 1) > 2 and "num_kv_heads" in overrides[0])]
-        for name in names:
+        # Eight processes once: that is slow on a small machine.
+        for name in [n for n, (processes, _) in LAYOUTS.items() if processes < 8 or model == next(iter(MODELS))]:
             (verdict,) = verify_layouts(config, [name], timeout=300)
             rows.append((model, *_row(verdict)))
         for before, after in RESUMPTIONS:
