@@ -60,6 +60,8 @@ def test_explain(write, capsys) -> None:
     path = write("a.yml", "optimizer: {lr: 6e-4}\n")
     assert said(capsys, "explain", "optimizer.lr", path).endswith(f"from     {path}:1\n")
     assert said(capsys, "explain", "optimizer.lr").endswith("from     the default\n")
+    text = said(capsys, "explain", "schedule.decay_steps", path, "training.steps=7")
+    assert "  here     schedule.decay_steps = 7: the decay lasts as long as the training" in text
 
 
 @pytest.mark.parametrize("minimal", [[], ["--minimal"]])

@@ -117,6 +117,8 @@ def test_training_and_generating(folder, capsys, monkeypatch) -> None:
     assert "2 continuations: prompts.txt.output.jsonl" in capsys.readouterr().out
     records = [json.loads(line) for line in Path("prompts.txt.output.jsonl").read_text().splitlines()]
     assert [record["context"] for record in records] == ["the cat", "the mat"]
+    assert main(["deepy", "generate.py", *conf, "--iteration", "1"]) == 2
+    assert "there is no checkpoint of step 1: choose one of those there (2, 3)" in capsys.readouterr().err
     for record in records:
         assert record.keys() == {"context", "text", "length", "finished", "message", "duration_seconds"}
         assert record["length"] <= 64
@@ -148,6 +150,7 @@ def test_interactive_generation(folder, capsys, monkeypatch) -> None:
     [
         (["pretrain.py", "configs/model"], "deepy knows train.py, generate.py and eval.py"),
         (["train.py", "configs/none"], "configs/none.yml: no such configuration file"),
+        (["train.py", "configs/model", "-H", "none"], "--hostfile none does not exist: mend the name"),
         (["train.py", "configs/model", "--autotuning", "run"], "'autotuning_run' ('run') asks for"),
         (
             ["eval.py", "configs/model", "--eval_tasks", "piqa"],
