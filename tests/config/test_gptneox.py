@@ -420,6 +420,12 @@ def test_defaults_are_those_of_the_version(translated, compat: str, expected: di
                 "data.valid_label_paths": None,
             },
         ),
+        (
+            {"pack_impl": "pack_until_overflow", "allow_chopped": False},
+            {"data.packing": "pack_until_overflow", "data.allow_chopped": False},
+        ),
+        ({"pack_impl": "unpacked"}, {"data.packing": "unpacked", "data.allow_chopped": True}),
+        ({"allow_chopped": False}, {"data.packing": "packed", "data.allow_chopped": True}),
         ({"weighted_sampler_alpha": 0.5}, {"data.weights_alpha": None, "data.weights_formula": "xlmr"}),
         ({"peak_theoretical_tflops": 312}, {"performance.peak_flops": 3.12e14}),
         ({"precision": "bfloat16"}, {"training.precision": "bf16"}),

@@ -58,8 +58,46 @@ def test_blend_by_documents_and_how_often_it_is_read(tiny_values, tiny_data):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"train_weights": [1.0], "weights_alpha": 0.3}, "not both"), ({"train_label_paths": ["a", "b"]}, "one data set")],
+    [
+        ({"train_weights": [1.0], "weights_alpha": 0.3}, "not both"),
+        ({"train_label_paths": ["a", "b"]}, "one data set"),
+        ({"label_path": "a"}, "goes with data.path"),
+        ({"allow_chopped": False}, "set data.allow_chopped to true, or another packing"),
+    ],
 )
 def test_contradictions_are_refused(more, message):
     with pytest.raises((UserError, ValueError), match=message):
         Config.model_validate({"data": {"train_paths": ["x"], **more}})
+
+
+@pytest.mark.parametrize("packing", ["pack_until_overflow", "unpacked"])
+def test_samples_of_whole_documents_are_learnt(tiny_values, tiny_data, packing):
+    """The loss is of what documents hold, and a run goes on only if the packs stay where they were."""
+    more = {"packing": packing, "document_mask": True, "label_path": str(tiny_data), "seq_length": 256}
+    tiny_values["data"] |= more
+    config = Config.model_validate(tiny_values)
+    run = train(config, quiet=True)
+    assert math.isfinite(run.last["train"]["loss"])
+    spec = run.loader.plan.at(0)
+    held = [sum(piece.length for piece in run.loader.dataset.pieces(i)) for i in range(spec.num_samples)]
+    assert min(held) < 257 and max(held) <= 257
+    assert sum(batch.num_tokens for batch in run.loader.batch(spec)) <= sum(held) - len(held)
+    assert run.data.epochs == [config.training.steps * 8]
+    tiny_values["training"] |= {"steps": config.training.steps + 1}
+    with pytest.raises(UserError, match=r"laid out for \[\d+\] samples"):
+        train(Config.model_validate(tiny_values), quiet=True)
+
+
+def test_labels_of_a_data_set_that_is_split(tiny_values, tiny_data, tmp_path):
+    store = TokenStore(tiny_data)
+    with StoreWriter(tmp_path / "labels", "i4") as writer:
+        for d in range(len(store)):
+            ids = store.get(d).astype(np.int64)
+            writer.add_document(np.where(np.arange(len(ids)) % 8 == 0, ids, -100))
+        writer.finish()
+    tiny_values["data"] |= {"label_path": str(tmp_path / "labels")}
+    config = Config.model_validate(tiny_values)
+    data = open_data(config, 12, open_tokenizer(config))
+    for dataset in data.datasets.values():
+        assert 0.05 < (dataset.labels(0) >= 0).mean() < 0.2
+    assert data.train_fingerprints == [data.fingerprints[str(tiny_data)], data.fingerprints[str(tmp_path / "labels")]]

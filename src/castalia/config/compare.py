@@ -118,6 +118,7 @@ _KINDS: dict[str, Callable[[Config, Config], Kind]] = {
     "data.train_paths": _places("train_paths"),
     "data.valid_paths": _places("valid_paths"),
     "data.test_paths": _places("test_paths"),
+    "data.label_path": _place,
     "data.train_label_paths": _places("train_label_paths"),
     "data.valid_label_paths": _places("valid_label_paths"),
     "data.test_label_paths": _places("test_label_paths"),

@@ -168,6 +168,8 @@ TRANSLATED: dict[str, Translated] = {
     "valid_label_data_paths": _same("list"),
     "test_label_data_paths": _same("list"),
     "weight_by_num_documents": _same("bool", False),
+    "pack_impl": _same("text", "packed"),
+    "allow_chopped": _same("bool", True),
     "weighted_sampler_alpha": _same("number", 0.3),
     "tokenizer_type": _same("text", "GPT2BPETokenizer"),
     "vocab_file": _same("text"),
@@ -258,7 +260,6 @@ _REPORTED = {
     "data is read by background threads: performance.prefetch": "num_workers mmap_warmup",
     "the kind of data set is seen from its files": "data_impl",
     "the order of samples is computed, and not written beside the data": "use_shared_fs",
-    "samples are packed": "allow_chopped",
     "checkpoints are checked by their SHA-256": "checkpoint_validation_with_forward_pass",
     "randomness depends on the seed and the step alone: there is no state to keep": "no_save_rng no_load_rng",
     "used only with s3_path": "s3_chunk_size",
@@ -294,7 +295,6 @@ REFUSED: dict[str, Refused] = {
     "compression_training": Refused("DeepSpeed's compression", ({},)),
     "deepspeed_extra_args": Refused("passing settings on to DeepSpeed", passed_on=True),
     "train_epochs": Refused("a length in epochs"),
-    "pack_impl": Refused("samples that are not packed", ("packed",)),
     "dataset_impl": Refused("data sets of pairs or online data", ("gpt2",)),
     "train_impl": Refused("preference training", ("normal",)),
     "s3_path": Refused("checkpoints on S3"),
@@ -314,6 +314,7 @@ IDLE: dict[str, str] = {
     "sparsity_config": "used only by block-sparse layers",
     "gmlp_attn_dim": "used only by amlp layers",
     "weighted_sampler_alpha": "used only with weight_by_num_documents",
+    "allow_chopped": "used only with pack_impl pack_until_overflow or unpacked",
     **dict.fromkeys(
         ("train_data_weights", "valid_data_weights", "test_data_weights"), "replaced by weight_by_num_documents"
     ),

@@ -222,6 +222,25 @@ def _labels(key: str) -> Callable[[Given], Any]:
     return lambda given: given[key] or None  # an empty list asks for nothing
 
 
+_PACKINGS = ("packed", "pack_until_overflow", "unpacked")
+
+
+def packing(given: Given) -> str:
+    """Our packings have the names of theirs."""
+    name = given.choose("pack_impl", {name: name for name in _PACKINGS})
+    if name != "packed":
+        given.remark(
+            f"pack_impl: {name} has GPT-NeoX's documents in GPT-NeoX's order, but no sample ends with a token of "
+            "another sample's document, and padding is never learnt"
+        )
+    return name
+
+
+def allow_chopped(given: Given) -> bool | None:
+    """Of no use to what is packed."""
+    return None if str(given["pack_impl"]).lower() == "packed" else bool(given["allow_chopped"])
+
+
 def _by_documents(value: Callable[[Given], Any]) -> Callable[[Given], Any]:
     return lambda given: value(given) if given["weight_by_num_documents"] else None
 
@@ -293,6 +312,8 @@ RULES: tuple[Rule, ...] = (
     Rule("data.split", ("split",), data_split),
     *(Rule(f"data.{s}_weights", (f"{s}_data_weights",), _own_weights(f"{s}_data_weights")) for s in _SPLITS),
     *(Rule(f"data.{s}_label_paths", (f"{s}_label_data_paths",), _labels(f"{s}_label_data_paths")) for s in _SPLITS),
+    Rule("data.packing", ("pack_impl",), packing),
+    Rule("data.allow_chopped", ("allow_chopped", "pack_impl"), allow_chopped),
     Rule("data.weights_alpha", ("weighted_sampler_alpha",), _by_documents(lambda g: g["weighted_sampler_alpha"])),
     Rule("data.weights_formula", ("weight_by_num_documents",), _by_documents(lambda g: "gptneox")),
     Rule("tokenizer.path", ("vocab_file", "tokenizer_type", "merge_file"), tokenizer_path),

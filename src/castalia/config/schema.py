@@ -41,6 +41,15 @@ class DataConfig(Section):
     )
     valid_label_paths: list[str] | None = setting(None, "the same of valid_paths")
     test_label_paths: list[str] | None = setting(None, "the same of test_paths")
+    label_path: str | None = setting(None, "the same of path")
+    packing: Literal["packed", "pack_until_overflow", "unpacked"] = setting(
+        "packed",
+        "what a sample is: packed is cut from all documents end to end; pack_until_overflow has whole documents "
+        "until the next one does not fit, and unpacked one document: these are padded, and padding is not learnt",
+    )
+    allow_chopped: bool = setting(
+        True, "samples of whole documents: cut one that is longer than a sample; false leaves it out"
+    )
     weights_alpha: float | None = setting(
         None, "blend by document counts N_i to this power, instead of by weights; null: by weights", ge=0
     )
@@ -74,6 +83,10 @@ class DataConfig(Section):
             labels = getattr(self, key)
             if labels is not None and (paths is None or len(labels) != len(paths)):
                 raise ValueError(f"data.{key} needs one data set for each of data.{name}")
+        if self.label_path is not None and self.path is None:
+            raise ValueError("data.label_path goes with data.path: give data.train_label_paths with data.train_paths")
+        if self.packing == "packed" and not self.allow_chopped:
+            raise ValueError("data.packing packed cuts documents: set data.allow_chopped to true, or another packing")
         return self
 
     @model_validator(mode="after")

@@ -32,8 +32,8 @@ class RunData:
         datasets: by split; a split without data is absent.
         fingerprints: of every data set read, by its prefix, in the order of the configuration.
         train_fingerprints: of the training sets alone, in order: what a resumed run must find again.
-        epochs: how many epochs each training set is laid out for; with GPT-NeoX's order, another
-            number shuffles everything anew.
+        epochs: how many epochs (of whole documents: samples) each training set is laid out for; with
+            GPT-NeoX's order, another number shuffles everything anew.
         token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer that keeps every byte.
     """
 
@@ -93,10 +93,11 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     datasets: dict[str, SampleSource] = {}
     if data.path is not None:
         store = _open(data.path, config, fingerprints)
+        own = _open(data.label_path, config, fingerprints) if data.label_path is not None else None
         parts = split_documents(len(store), data.split)
         for split, documents in zip(SPLITS, parts, strict=True):
             if documents[1] > documents[0] and counts[split] > 0:
-                datasets[split] = _packed(store, documents, counts[split], config)
+                datasets[split] = _packed(store, documents, counts[split], config, own)
     else:
         for split in SPLITS:
             paths = getattr(config.data, f"{split}_paths")
@@ -121,10 +122,12 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     table = tokenizer.token_bytes() if tokenizer is not None else None
     train = datasets.get("train")
     laid = train.datasets if isinstance(train, BlendedDataset) else [train] if isinstance(train, PackedDataset) else []
-    mine = [data.path] if data.path is not None else [*(data.train_paths or []), *(data.train_label_paths or [])]
+    mine = [data.path, data.label_path, *(data.train_paths or []), *(data.train_label_paths or [])]
     trained = [fingerprints[prefix] for prefix in mine if prefix in fingerprints]
-    # A permutation's order does not depend on how many epochs there will be.
-    epochs = [part.order.num_epochs for part in laid] if data.order == "gptneox" else []
+    # A permutation's order does not depend on how many epochs there will be, GPT-NeoX's of whole documents on the
+    # number of samples.
+    length = "num_epochs" if data.packing == "packed" else "num_samples"
+    epochs = [getattr(part.order, length) for part in laid] if data.order == "gptneox" else []
     return RunData(datasets, fingerprints, trained, epochs, tokenizer, table)
 
 
@@ -137,7 +140,7 @@ def repeats(data: RunData) -> list[str]:
         taken = [(train, train.order.num_samples)] if isinstance(train, PackedDataset) else []
     lines = []
     for part, samples in taken:
-        times = samples * part.seq_length / part.num_tokens
+        times = part.times_read(samples)
         lines.append(f"{part.store.prefix} is read {times:.3g} times: {samples:,} samples of {part.seq_length} tokens")
     return lines
 
@@ -191,4 +194,6 @@ def _packed(
 ) -> PackedDataset:
     data = config.data
     seed = config.training.seed if data.seed is None else data.seed
-    return PackedDataset(store, documents, samples, data.seq_length, seed, data.order, labels)
+    return PackedDataset(
+        store, documents, samples, data.seq_length, seed, data.order, labels, data.packing, data.allow_chopped
+    )

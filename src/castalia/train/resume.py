@@ -71,8 +71,9 @@ def changes(run: Run, state: dict[str, Any], path: Path) -> list[str]:
     if state["train_data"] != run.data.train_fingerprints:
         lines.append("the training data: its fingerprints differ")
     elif state["epochs"] != run.data.epochs:
+        what = "epochs" if run.config.data.packing == "packed" else "samples"
         lines.append(
-            f"the data order: laid out for {state['epochs']} epochs, now for {run.data.epochs}, which shuffles it anew"
+            f"the data order: laid out for {state['epochs']} {what}, now for {run.data.epochs}, which shuffles it anew"
         )
     if state["tokenizer"] != (run.tokenizer.identity() if run.tokenizer else None):
         lines.append("the tokenizer")
