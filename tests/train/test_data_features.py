@@ -101,3 +101,16 @@ def test_labels_of_a_data_set_that_is_split(tiny_values, tiny_data, tmp_path):
     for dataset in data.datasets.values():
         assert 0.05 < (dataset.labels(0) >= 0).mean() < 0.2
     assert data.train_fingerprints == [data.fingerprints[str(tiny_data)], data.fingerprints[str(tmp_path / "labels")]]
+
+
+def test_a_permutation_opens_without_reading_the_index(tiny_values, monkeypatch):
+    """What is linear in the number of documents is never called."""
+    tiny_values["data"] |= {"order": "permutation"}
+    config = Config.model_validate(tiny_values)
+    for name in ("check", "_check_arrays", "_check_digest", "_parts"):
+        monkeypatch.setattr(TokenStore, name, lambda *a: pytest.fail("the whole index was read"))
+    monkeypatch.setattr(TokenStore, "fingerprint", property(lambda store: pytest.fail("the whole index was hashed")))
+    tokenizer = open_tokenizer(config)
+    data = open_data(config, 12, tokenizer)
+    assert tokenizer is not None and len(data.datasets["train"]) >= 12 * 8 and len(data.train_fingerprints) == 1
+    assert len(repeats(data)) == 1 and data.datasets["train"][5].shape == (33,)

@@ -86,7 +86,7 @@ def _show_view(answer: dict[str, Any], args: argparse.Namespace) -> None:
             end = piece["offset"] + piece["length"]
             print(
                 f"  {piece['data']}, document {piece['document']}, tokens {piece['offset']} to {end} "
-                f"of {piece['document_length']}"
+                f"of {piece['document_length']}{', excluded: not learnt' if piece['excluded'] else ''}"
             )
             text = piece.get("text", str(piece["ids"]))
             cut = text if args.full or len(text) <= _TEXT_WIDTH else text[:_TEXT_WIDTH] + " ..."
@@ -106,6 +106,7 @@ def _show_where(answer: dict[str, Any], args: argparse.Namespace) -> None:
         end = use["offset"] + use["length"]
         past = answer["done_steps"] is not None and use["step"] < answer["done_steps"]
         state = "" if answer["done_steps"] is None else ", done" if past else ", to come"
+        state += ", excluded" if use["excluded"] else ""
         print(f"  step {use['step']}, row {use['row']}, tokens {use['offset']} to {end}{state}")
     if answer["left_out_samples"]:
         print(f"  {answer['left_out_samples']} further samples hold it, in steps that the run's journal leaves out")

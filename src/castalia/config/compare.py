@@ -5,6 +5,7 @@ Compare *derived* configurations. A difference is of one of these kinds:
     numerics      the function computed changes: a resumed run refuses it
     length        only where the run ends
     place         only where files lie; what is in them is compared by fingerprint
+    journal       holds from the step on at which the run goes on, and is noted in its journal
     performance   only rounding or speed
     cosmetic      neither
 
@@ -30,7 +31,7 @@ from typing import Any, Literal
 from castalia.config.fields import class_of, fields, flat
 from castalia.config.schema import Config
 
-Kind = Literal["numerics", "length", "place", "performance", "cosmetic"]
+Kind = Literal["numerics", "length", "place", "journal", "performance", "cosmetic"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ MEANINGS: dict[Kind, str] = {
     "numerics": "changes what is computed; a resumed run refuses it",
     "length": "changes only where the run ends",
     "place": "changes only where files lie; what is in them is compared",
+    "journal": "changes what is computed from the step on at which the run goes on, as its journal notes",
     "performance": "changes only rounding or speed",
     "cosmetic": "changes neither what is computed nor its speed",
 }
@@ -122,6 +124,7 @@ _KINDS: dict[str, Callable[[Config, Config], Kind]] = {
     "data.train_label_paths": _places("train_label_paths"),
     "data.valid_label_paths": _places("valid_label_paths"),
     "data.test_label_paths": _places("test_label_paths"),
+    "data.exclude": lambda old, new: "journal",
     "tokenizer.path": lambda old, new: "place",
 }
 
@@ -132,5 +135,6 @@ RESUME_RULES = {
     "and data.mask_loss_at_eod is true, or where experts are balanced over a micro-batch",
     "model.vocab_multiple": "numerics through model.vocab_size only",
     "data.path": "where the data lies; a resumed run compares what is in it",
+    "data.exclude": "numerics, but a resumed run may change it: the list holds from there on, as the journal notes",
     "tokenizer.path": "where the tokenizer lies; a resumed run compares what is in it",
 }

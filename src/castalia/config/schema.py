@@ -63,6 +63,10 @@ class DataConfig(Section):
     seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0, le=2**32 - 1)
     mask_loss_at_eod: bool = setting(False, "no loss where the input token is the end of a document")
     document_mask: bool = setting(False, "attention does not cross documents, and positions restart at each")
+    exclude: str | None = setting(
+        None,
+        "list of training documents that are not learnt from here on (castalia data exclude); may change on resume",
+    )
 
     @model_validator(mode="after")
     def _paths(self) -> DataConfig:

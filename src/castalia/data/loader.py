@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from castalia.data.exclusions import Exclusions
 from castalia.data.plan import RunPlan, StepSpec
 from castalia.data.sample import IGNORED, SampleSource, SourcePiece, labels_of
 from castalia.errors import UserError
@@ -91,6 +92,7 @@ class Loader:
         vocab_size: ids must lie below it; None: not checked.
         document_mask: tell documents apart in `doc_ids`, and count positions from the start of each part of
             a document, by where the documents lie in the data set and not by an id.
+        exclusions: documents that are not learnt, by step; None: there are none.
 
     Raises:
         UserError: a batch does not divide into micro-batches of all ranks, samples are shorter
@@ -108,6 +110,7 @@ class Loader:
         eod_mask_loss: bool = False,
         vocab_size: int | None = None,
         document_mask: bool = False,
+        exclusions: Exclusions | None = None,
     ) -> None:
         if eod_mask_loss and eod is None:
             raise UserError(
@@ -125,6 +128,7 @@ class Loader:
         self.prefetch = prefetch
         self.vocab_size = vocab_size
         self.document_mask = document_mask
+        self.exclusions = exclusions
         self.mask_eod = eod if eod_mask_loss else None
         self.sample_numbers(StepSpec(0, 0, plan.batch_size, plan.seq_length))  # refuse a bad division now
 
@@ -142,12 +146,13 @@ class Loader:
 
     def batch(self, spec: StepSpec) -> list[Batch]:
         """This rank's micro-batches of a step, in the order of its forward passes."""
-        return [self._micro_batch(numbers, spec.seq_length) for numbers in self.sample_numbers(spec)]
+        return [self._micro_batch(numbers, spec) for numbers in self.sample_numbers(spec)]
 
-    def _micro_batch(self, numbers: np.ndarray, seq_length: int) -> Batch:
+    def _micro_batch(self, numbers: np.ndarray, spec: StepSpec) -> Batch:
+        seq_length = spec.seq_length
         ids = np.stack([self.dataset[int(i)][: seq_length + 1] for i in numbers])
         self._check_vocabulary(ids, numbers)
-        learnt = self._learnt(ids, numbers)
+        learnt = self._learnt(ids, numbers, spec.step)
         positions, doc_ids = torch.arange(seq_length).repeat(len(ids), 1), None
         if self.document_mask:
             parts = [documents_of(self.dataset.pieces(int(i)), seq_length) for i in numbers]
@@ -161,13 +166,17 @@ class Loader:
             sample_ids=torch.from_numpy(numbers.astype(np.int64)),
         )
 
-    def _learnt(self, ids: np.ndarray, numbers: np.ndarray) -> np.ndarray | None:
-        """The labels that the data set has of its own, int64 as `ids`, or None where no sample has any."""
+    def _learnt(self, ids: np.ndarray, numbers: np.ndarray, step: int) -> np.ndarray | None:
+        """What is to be learnt at each id where that is not all, int64 as `ids`; None: every id."""
         given = [self.dataset.labels(int(i)) for i in numbers]
-        if all(row is None for row in given):
+        excluded = self.exclusions is not None and self.exclusions.any(step)
+        if all(row is None for row in given) and not excluded:
             return None
         learnt = np.stack([own if row is None else row[: ids.shape[1]] for row, own in zip(given, ids, strict=True)])
         self._check_vocabulary(np.maximum(learnt, 0), numbers)
+        if self.exclusions is not None and excluded:
+            for row, i in zip(learnt, numbers, strict=True):
+                row[self.exclusions.mask(step, self.dataset.pieces(int(i)), len(row))] = IGNORED
         return learnt
 
     def _check_vocabulary(self, ids: np.ndarray, numbers: np.ndarray) -> None:

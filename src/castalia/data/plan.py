@@ -4,8 +4,8 @@
 
 Nothing here depends on what ran before, on ranks or on time; so resuming, replaying, asking
 what was in a step and changing the world size need no state beyond the step number. What
-is decided during a run, such as leaving out batches after a loss spike, is appended to the
-journal, which the checkpoint keeps.
+is decided during a run, such as leaving out batches after a loss spike or documents from a
+step on, is appended to the journal, which the checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -66,8 +66,25 @@ class Skip:
             )
 
 
-Amendment = Skip
-AMENDMENTS: Mapping[str, type[Amendment]] = {"skip": Skip}
+@dataclass(frozen=True)
+class Exclude:
+    """Amendment: from `from_step` on these documents are not learnt, and no others; no sample moves.
+
+    Attributes:
+        from_step: the first step that it holds for.
+        documents: of each training data set, in the order of the configuration, the sequence numbers, as
+            `17` or `200-299`. By place and not by name, since data sets may move.
+    """
+
+    from_step: int
+    documents: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "documents", tuple(tuple(numbers) for numbers in self.documents))
+
+
+Amendment = Skip | Exclude
+AMENDMENTS: Mapping[str, type[Skip] | type[Exclude]] = {"skip": Skip, "exclude": Exclude}
 
 
 def journal_to_json(journal: Iterable[Amendment]) -> list[dict[str, Any]]:
@@ -125,7 +142,7 @@ class RunPlan:
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a run of {self.steps} steps")
-        skipped = sum(entry.num_steps for entry in self.journal if entry.from_step <= step)
+        skipped = sum(entry.num_steps for entry in self.journal if isinstance(entry, Skip) and entry.from_step <= step)
         return StepSpec(step, (step + skipped) * self.batch_size, self.batch_size, self.seq_length)
 
     @property

@@ -3,8 +3,9 @@
     step N ──plan──> sample numbers ──order──> pieces of documents ──store, tokenizer──> text     `view`
     document ──order, inverted──> sample numbers ──plan, inverted──> steps and rows               `where`
 
-Both are computed from the configuration and the journal alone: nothing was recorded, and a run
-that has not begun is as easy to ask as one that is done.
+Both are computed from the configuration and the journal alone: nothing else was recorded, and a run
+that has not begun is as easy to ask as one that is done. Steps that are still to come are those of
+a run that goes on with the configuration as it is now.
 """
 
 from __future__ import annotations
@@ -13,28 +14,18 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from castalia.checkpoint import find_checkpoint
 from castalia.config import Config, load
 from castalia.config.derive import derive
+from castalia.data.exclusions import Exclusions, with_exclusions
 from castalia.data.plan import RunPlan, StepSpec, journal_from_json
-from castalia.data.sample import BlendedDataset, SampleSource
+from castalia.data.sample import SampleSource, SourcePiece
 from castalia.data.store import TokenStore
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 from castalia.train.data import open_data, open_tokenizer
-
-
-class Place(NamedTuple):
-    """Part of a sample: ids [offset, offset + length) of a document."""
-
-    store: TokenStore
-    document: int
-    offset: int
-    length: int
 
 
 @dataclass
@@ -45,6 +36,8 @@ class DataRun:
         config: derived.
         plan: which samples each step takes.
         dataset: the training samples.
+        stores: the training data sets, by prefix, opened lazily.
+        exclusions: documents that are not learnt, by step.
         tokenizer: for showing text; None where none is known.
         done: optimizer steps that the newest checkpoint has behind it; None: no checkpoint.
     """
@@ -52,14 +45,15 @@ class DataRun:
     config: Config
     plan: RunPlan
     dataset: SampleSource
+    stores: dict[str, TokenStore]
+    exclusions: Exclusions
     tokenizer: Tokenizer | None
     done: int | None
 
     @property
     def prefixes(self) -> list[str]:
         """The training data sets, as the configuration names them."""
-        data = self.config.data
-        return [data.path] if data.path is not None else list(data.train_paths or [])
+        return list(self.stores)
 
 
 def open_data_run(files: Sequence[str], overrides: Sequence[str] = ()) -> DataRun:
@@ -77,20 +71,24 @@ def open_data_run(files: Sequence[str], overrides: Sequence[str] = ()) -> DataRu
     found = find_checkpoint(folder / "checkpoints", None) if folder is not None else None
     steps = config.training.steps or 0
     journal = journal_from_json(found.state["journal"]) if found is not None else ()
-    plan = RunPlan(config.training.batch_size, config.data.seq_length, steps, journal)
     data = open_data(config, steps, tokenizer)
     if "train" not in data.datasets:
         raise UserError("the configuration has no training data: give data.path, or data.train_paths")
-    return DataRun(config, plan, data.datasets["train"], tokenizer, found.step if found is not None else None)
+    done = found.step if found is not None else None
+    journal = with_exclusions(journal, done or 0, data.excluded)
+    plan = RunPlan(config.training.batch_size, config.data.seq_length, steps, journal)
+    stores = {prefix: TokenStore(prefix, lazy=True) for prefix in data.train_prefixes}
+    exclusions = Exclusions(journal, data.train_prefixes)
+    return DataRun(config, plan, data.datasets["train"], stores, exclusions, tokenizer, done)
 
 
-def places(dataset: Any, i: int, length: int) -> list[Place]:
+def places(dataset: SampleSource, i: int, length: int) -> list[SourcePiece]:
     """The first `length` ids of sample `i`, by document."""
     found = []
-    for store, document, offset, size in _pieces(dataset, i):
+    for piece in dataset.pieces(i):
         if length > 0:
-            found.append(Place(store, document, offset, min(size, length)))
-        length -= size
+            found.append(piece._replace(length=min(piece.length, length)))
+        length -= piece.length
     return found
 
 
@@ -108,14 +106,17 @@ def view_step(run: DataRun, step: int) -> dict[str, Any]:
     samples = []
     for row, i in enumerate(range(spec.first_sample, spec.first_sample + spec.num_samples)):
         parts = []
+        sample, at = run.dataset[i].tolist(), 0
         for place in places(run.dataset, i, spec.seq_length + 1):
-            ids = place.store.get(place.document, place.offset, place.length).tolist()
+            ids = sample[at : at + place.length]
+            at += place.length
             part: dict[str, Any] = {
-                "data": place.store.prefix,
-                "document": place.document,
+                "data": place.prefix,
+                "document": place.sequence,
                 "offset": place.offset,
                 "length": place.length,
-                "document_length": int(place.store.sizes[place.document]),
+                "document_length": int(run.stores[place.prefix].sizes[place.sequence]),
+                "excluded": run.exclusions.holds(step, place.prefix, place.sequence),
                 "ids": ids,
             }
             if run.tokenizer is not None:
@@ -141,22 +142,22 @@ def where_document(run: DataRun, document: int, prefix: str | None = None) -> di
     prefix = run.prefixes[0] if prefix is None else prefix
     if prefix not in run.prefixes:
         raise UserError(f"--data {prefix} is not among the run's training data ({', '.join(run.prefixes)})")
-    number = len(TokenStore(prefix, lazy=True))
+    number = len(run.stores[prefix])
     if not 0 <= document < number:
         raise UserError(f"--doc {document}: {prefix} has documents 0 to {number - 1}")
-    dataset: Any = run.dataset
     uses, left_out = [], 0
-    for i in _find(dataset, prefix, document).tolist():
+    for i in run.dataset.find(prefix, document).tolist():
         spec = step_of(run.plan, i)
         if spec is None:
             left_out += i < run.plan.num_samples
             continue
         at = 0
         for place in places(run.dataset, i, spec.seq_length + 1):
-            if place.document == document and place.store.prefix == prefix:
+            if place.sequence == document and place.prefix == prefix:
                 row = i - spec.first_sample
                 use = {"step": spec.step, "row": row, "sample": i, "position": at}
-                uses.append({**use, "offset": place.offset, "length": place.length})
+                excluded = run.exclusions.holds(spec.step, prefix, document)
+                uses.append({**use, "offset": place.offset, "length": place.length, "excluded": excluded})
             at += place.length
     uses.sort(key=lambda use: (use["step"], use["row"], use["position"]))
     return {"data": prefix, "document": document, "done_steps": run.done, "uses": uses, "left_out_samples": left_out}
@@ -169,22 +170,3 @@ def step_of(plan: RunPlan, sample: int) -> StepSpec | None:
         return None
     spec = plan.at(step)
     return spec if sample < spec.first_sample + spec.num_samples else None
-
-
-def _pieces(dataset: Any, i: int) -> list[tuple[TokenStore, int, int, int]]:
-    if isinstance(dataset, BlendedDataset):
-        return _pieces(dataset.datasets[int(dataset.dataset_index[i])], int(dataset.dataset_sample_index[i]))
-    return [(dataset.store, *piece) for piece in dataset.order.locate(i)]
-
-
-def _find(dataset: Any, prefix: str, document: int) -> np.ndarray:
-    if not isinstance(dataset, BlendedDataset):
-        found: np.ndarray = dataset.order.find(document)
-        return found if dataset.store.prefix == prefix else found[:0]
-    numbers = [np.empty(0, np.int64)]
-    for k, part in enumerate(dataset.datasets):
-        mine = _find(part, prefix, document)
-        if mine.size:
-            of_blend = np.flatnonzero(dataset.dataset_index == k)
-            numbers.append(of_blend[mine[mine < len(of_blend)]])
-    return np.sort(np.concatenate(numbers))

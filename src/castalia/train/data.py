@@ -14,6 +14,7 @@ import numpy as np
 
 from castalia.config import Config
 from castalia.data.blend import blend_requests, weights_by_num_documents
+from castalia.data.exclusions import excluded_documents
 from castalia.data.order import split_documents
 from castalia.data.plan import evaluation_samples
 from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
@@ -34,6 +35,8 @@ class RunData:
         train_fingerprints: of the training sets alone, in order: what a resumed run must find again.
         epochs: how many epochs (of whole documents: samples) each training set is laid out for; with
             GPT-NeoX's order, another number shuffles everything anew.
+        train_prefixes: of the training sets, in order, each once.
+        excluded: documents of theirs that are not learnt, in the journal's form.
         token_bytes: int32 [vocab], UTF-8 bytes behind each id, or None without a tokenizer that keeps every byte.
     """
 
@@ -41,6 +44,8 @@ class RunData:
     fingerprints: dict[str, str]
     train_fingerprints: list[str]
     epochs: list[int]
+    train_prefixes: list[str]
+    excluded: tuple[tuple[str, ...], ...]
     tokenizer: Tokenizer | None
     token_bytes: np.ndarray | None
 
@@ -53,7 +58,7 @@ def open_tokenizer(config: Config) -> Tokenizer | None:
     """
     prefixes = _prefixes(config)
     kept = [Path(f"{prefix}.tokenizer.json") for prefix in prefixes]
-    stores = [TokenStore(prefix) for prefix in prefixes]
+    stores = [TokenStore(prefix, lazy=True) for prefix in prefixes]  # what they hold is checked by `open_data`
     infos = [(s, p) for s, p in zip((s.info for s in stores), prefixes, strict=True) if s]
     spec: str | None = config.tokenizer.path
     if spec is None:
@@ -128,7 +133,9 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     # number of samples.
     length = "num_epochs" if data.packing == "packed" else "num_samples"
     epochs = [getattr(part.order, length) for part in laid] if data.order == "gptneox" else []
-    return RunData(datasets, fingerprints, trained, epochs, tokenizer, table)
+    read = {part.store.prefix: len(part.store) for part in laid}
+    excluded = excluded_documents(data.exclude, read)
+    return RunData(datasets, fingerprints, trained, epochs, list(read), excluded, tokenizer, table)
 
 
 def repeats(data: RunData) -> list[str]:

@@ -22,8 +22,9 @@ import torch
 import castalia
 from castalia.checkpoint import CheckpointNotSaved, RunLock, save_checkpoint
 from castalia.config import Config, load, notes, remarks
+from castalia.data.exclusions import Exclusions, with_exclusions
 from castalia.data.loader import Loader, Shard
-from castalia.data.plan import Amendment, RunPlan, journal_to_json
+from castalia.data.plan import Amendment, Exclude, RunPlan, journal_to_json
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
@@ -282,6 +283,7 @@ class Run:
             cfg.data.mask_loss_at_eod,
             vocab_size=cfg.model.vocab_size,
             document_mask=cfg.data.document_mask,
+            exclusions=Exclusions(plan.journal, self.data.train_prefixes),
         )
 
     def _assemble(self) -> Begun | None:
@@ -299,6 +301,7 @@ class Run:
             assert self.tokenizer is not None, "prepare_run has asked for one"
             prompt_from_tokens(self.model, self.tokenizer.encode(cfg.model.soft_prompt_text))
             self.store.refresh()
+        self.journal = with_exclusions(self.journal, self.step, self.data.excluded)
         plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, self.journal)
         self.loader = self.loader_of(self.data.datasets["train"], plan)
         dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
@@ -349,6 +352,9 @@ class Run:
             + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )
         say(f"MFU is the share of this machine's rate of matrix products, {human(self.peak_flops, ' ')}FLOP/s {unit}")
+        for entry in [e for e in self.journal if isinstance(e, Exclude)][-1:]:
+            parts = sum(map(len, entry.documents))
+            say(f"from step {entry.from_step} on the documents that data.exclude names in {parts} lines are not learnt")
         for sentence in self.warnings:
             say(f"WARNING: {sentence}")
         if self.step >= self.steps:
