@@ -119,14 +119,14 @@ def test_stop_ends_this_run_alone(cluster):
             process.stdin.write(command.script)
             process.stdin.close()
         deadline = time.monotonic() + 20
-        while not all((cluster / host / f"{name}.pid").exists() for host in ("n1", "n2")):
+        while not all((cluster / f"n{k + 1}" / f"{name}.{k}.pid").exists() for k in range(2)):
             assert time.monotonic() < deadline
         lines = []
         assert run_all(stop_commands(config(), grace=5), lines.append) == {"n1": 0, "n2": 0}
         assert sorted(lines) == ["n1: stopped", "n2: stopped"]
         assert [process.wait(20) for process in processes] == [3, 3]
         # A number that has gone to another program is left alone.
-        (cluster / "n1" / f"{name}.pid").write_text(str(other.pid))
+        (cluster / "n1" / f"{name}.0.pid").write_text(str(other.pid))
         lines.clear()
         run_all(stop_commands(config(), grace=1), lines.append)
         assert sorted(lines) == ["n1: not running", "n2: not running"]

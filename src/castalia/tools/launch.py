@@ -158,8 +158,8 @@ def _host_script(
         [
             f"cd {shlex.quote(launch.folder or os.getcwd())} || exit 1",
             *(f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())),
+            f"echo $$ > {_pid_file(config, node_rank)}",
             *launch.setup,
-            f"echo $$ > {_pid_file(config)}",
             # exec keeps the number that was noted; torchrun must not read the rest of this script.
             f"exec {_words(run)} < /dev/null",
         ]
@@ -171,8 +171,9 @@ def _words(argv: Sequence[str]) -> str:
     return " ".join(word if word == "%n" else shlex.quote(word) for word in argv)
 
 
-def _pid_file(config: Config) -> str:
-    return f'"${{TMPDIR:-/tmp}}/{job_name(config)}.pid"'
+def _pid_file(config: Config, node_rank: str) -> str:
+    # With the host's number, since hosts may share their folder for temporary files.
+    return f'"${{TMPDIR:-/tmp}}/{job_name(config)}.{node_rank}.pid"'
 
 
 def _ssh(config: Config, host: str) -> list[str]:
@@ -184,21 +185,22 @@ def stop_commands(config: Config, grace: int = GRACE) -> list[Command]:
 
     SIGTERM first, on which a run saves its state; after `grace` seconds SIGKILL for it and its children.
     """
-    script = "\n".join(
-        [
-            f"file={_pid_file(config)}",
-            'pid=$(cat "$file" 2>/dev/null) || { echo "not running"; exit 0; }',
-            # The number may have gone to another program since.
-            'case "$(ps -ww -p "$pid" -o args= 2>/dev/null)" in *castalia*) ;;',
-            '*) rm -f "$file"; echo "not running"; exit 0;; esac',
-            "children=$(ps -eo pid=,ppid= | awk -v p=\"$pid\" '$2 == p {print $1}')",
-            'kill -TERM "$pid" 2>/dev/null',
-            f'i=0; while kill -0 "$pid" 2>/dev/null && [ $i -lt {grace} ]; do sleep 1; i=$((i + 1)); done',
-            'kill -KILL "$pid" $children 2>/dev/null && echo "killed" || echo "stopped"',
-            'rm -f "$file"',
-        ]
-    )
-    return [Command(host, _ssh(config, host), script) for host in find_hosts(config)]
+
+    lines = [
+        'pid=$(cat "$file" 2>/dev/null) || { echo "not running"; exit 0; }',
+        # The number may have gone to another program since; `sh -s` is a host that is still in launch.setup.
+        'case "$(ps -ww -p "$pid" -o args= 2>/dev/null)" in *castalia*|*"sh -s"*) ;;',
+        '*) rm -f "$file"; echo "not running"; exit 0;; esac',
+        "children=$(ps -eo pid=,ppid= | awk -v p=\"$pid\" '$2 == p {print $1}')",
+        'kill -TERM "$pid" 2>/dev/null',
+        f'i=0; while kill -0 "$pid" 2>/dev/null && [ $i -lt {grace} ]; do sleep 1; i=$((i + 1)); done',
+        'kill -KILL "$pid" $children 2>/dev/null && echo "killed" || echo "stopped"',
+        'rm -f "$file"',
+    ]
+    return [
+        Command(host, _ssh(config, host), "\n".join([f"file={_pid_file(config, str(rank))}", *lines]))
+        for rank, host in enumerate(find_hosts(config))
+    ]
 
 
 def mpi_command(config: Config, arguments: Sequence[str], environment: Mapping[str, str], hostfile: Path) -> Command:
