@@ -149,6 +149,9 @@ def test_a_torn_line_in_the_middle_is_counted(tmp_path: Path) -> None:
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step": 60, "tokens"', '"step": 60{"v": 1, "tokens"'))
     assert "1 unreadable line(s)" in page_of(tmp_path, run)
+    metrics.write_bytes(b"\xff\x00\n3\n" + metrics.read_bytes())  # a damaged disk
+    (run / "config.yaml").write_bytes(b"\xff")
+    assert "3 unreadable line(s)" in page_of(tmp_path, run)
 
 
 def test_a_diverged_run(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def read_run(path: Path) -> Run:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{path} is not a run directory: it has no metrics.jsonl; give one that `train` wrote")
-    records = [r for r in read_metrics(metrics) if isinstance(r, dict) and _is_number(r.get("step"))]
+    records = [r for r in read_metrics(metrics) if _is_number(r.get("step"))]
     newer = next((r["v"] for r in records if r.get("v", 1) != 1), None)
     if newer is not None:
         raise UserError(f"{metrics} is of version {newer}, and this Castalia reads version 1: use a newer one")
@@ -135,7 +135,7 @@ def _read_config(run: Run) -> None:
     path = run.path / "config.yaml"
     if not path.is_file():
         return
-    run.config_text = path.read_text(encoding="utf-8")
+    run.config_text = path.read_text(encoding="utf-8", errors="replace")
     from castalia.config import load
     from castalia.model.size import model_size
 

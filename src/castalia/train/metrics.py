@@ -138,15 +138,17 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All whole records of a metrics.jsonl; a last line that is still being written is passed over."""
+    """All whole records of a metrics.jsonl; what is none, or is still being written, is passed over."""
     records = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.endswith("\n") and line.strip():
                 try:
-                    records.append(json.loads(line))
+                    record = json.loads(line)
                 except json.JSONDecodeError:  # the torn line of a killed process, appended to later
                     continue
+                if isinstance(record, dict):
+                    records.append(record)
     return records
 
 
