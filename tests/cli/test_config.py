@@ -112,6 +112,8 @@ def test_diff_takes_a_native_and_a_gptneox_file_and_the_folder_of_a_run(write, c
     (tmp_path / "run").mkdir()
     said(capsys, "convert", neox, "--output", str(tmp_path / "run" / "config.yaml"))
     assert said(capsys, "diff", neox, str(tmp_path / "run")) == "no difference\n"
+    assert main(["plan", str(tmp_path / "run")]) == 2
+    assert f"that of the run in it is {tmp_path / 'run' / 'config.yaml'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

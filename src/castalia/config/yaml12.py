@@ -83,7 +83,9 @@ def read_yaml(path: str | Path) -> Document:
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a configuration file") from None
+        run = Path(path, "config.yaml")
+        hint = f": that of the run in it is {run}" if run.is_file() else ""
+        raise UserError(f"{path}: is a folder, not a configuration file{hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
