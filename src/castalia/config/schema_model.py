@@ -11,12 +11,13 @@ from typing import Literal
 from pydantic import model_validator
 
 from castalia.config.attention import AttentionSettings, check_attention, layer_kinds
+from castalia.config.mup import MupSettings, check_mup
 from castalia.config.section import setting
 
 MOST_LAYERS = 10_000  # more is a slip of the hand, and would take minutes to count
 
 
-class ModelConfig(AttentionSettings):
+class ModelConfig(MupSettings, AttentionSettings):
     """The function that is trained."""
 
     block: str = setting("transformer", "the layer: a registered name, module:attribute or file.py:attribute")
@@ -304,4 +305,5 @@ class ModelConfig(AttentionSettings):
                 f"model.num_unique_layers {self.num_unique_layers}"
             )
         check_attention(self)
+        check_mup(self)
         return self

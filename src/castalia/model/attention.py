@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.config import ModelConfig
+from castalia.config import ModelConfig, mup
 from castalia.model.attention_flex import flexible_attention, serves
 from castalia.model.attention_mask import Drop, MaskSpec
 from castalia.model.attention_tiles import tiled_attention
@@ -63,7 +63,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.n, self.k, self.d = cfg.num_attention_heads, cfg.kv_heads, cfg.head_size
-        self.dropout = cfg.attention_dropout
+        self.dropout, self.scale = cfg.attention_dropout, mup.attention_scale(cfg)
         self.core: Core = look_up(CORES, cfg.attention_core, "model.attention_core")
         self.qkv = Linear(cfg.hidden_size, (self.n + 2 * self.k) * self.d, bias=cfg.attention_bias)
         self.qk_norm = make_norm(cfg, self.n * self.d) if cfg.qk_norm is True else None
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         drop = None
         if context.dropout is not None and self.dropout > 0:
             drop = Drop(context.dropout, self.dropout, layer, k.shape[2])
-        y = self.core(q, k, v, context.mask(layer), drop)
+        y = self.core(q, k, v, context.mask(layer), drop, self.scale)
         return self.out(y.transpose(1, 2).reshape(B, S, self.n * self.d))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.config import ModelConfig
+from castalia.config import ModelConfig, mup
 from castalia.config.attention import GATED_MLPS
 from castalia.model.attention_layouts import LAYOUTS, RANDOM, BlockLayout
 from castalia.model.dropout import DropoutKey, drop_elements
@@ -73,7 +73,7 @@ class ScoreBias:
         slopes: fp32 `[n]` of ALiBi, or None.
         table: `[buckets, n]` of T5's relative bias, or None; exactly one of the two is there.
         furthest: of the table: distances from here on share the last bucket.
-        head_size: of the table: the bias is multiplied by its root.
+        head_size: of the table: the bias is multiplied by its root (with muP: the base model's).
     """
 
     queries: Tensor
@@ -81,7 +81,7 @@ class ScoreBias:
     slopes: Tensor | None = None
     table: Tensor | None = None
     furthest: int = 128
-    head_size: int = 1
+    head_size: float = 1
 
     def part(self, batch: slice, heads: slice, rows: Part, columns: Part) -> Tensor:
         """fp32 `[1 or b, heads, rows, columns]`, of some rows of the batch, heads, queries and keys."""
@@ -255,7 +255,7 @@ class Masks:
             slopes = torch.tensor(alibi_slopes(cfg.num_attention_heads), device=positions.device)
             bias = ScoreBias(positions, keys, slopes)
         elif table is not None:
-            bias = ScoreBias(positions, keys, None, table, cfg.rpe_max_distance, cfg.head_size)
+            bias = ScoreBias(positions, keys, None, table, cfg.rpe_max_distance, mup.base_head_size(cfg))
         made: dict[tuple[str, int], MaskSpec] = {}
         for kind, layout in self._layers:
             if (kind, id(layout)) not in made:

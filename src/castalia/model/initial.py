@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from castalia.config import ModelConfig
+from castalia.config import ModelConfig, mup
 from castalia.errors import UserError
 
 BLOCK_ELEMENTS = 1 << 20
@@ -80,7 +80,7 @@ def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
     elif out.ndim == 1:
         out.fill_(1.0)
     elif name == "relative_bias.weight":
-        INITIALISERS["xavier_normal"](name, out, cfg, seed)
+        _draw("xavier_normal", name, out, cfg, seed)
     elif name == "soft_prompt.weight":
         uniform_rows(name, out, seed, cfg.soft_prompt_range)
     else:
@@ -90,7 +90,19 @@ def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
         )
         if method not in INITIALISERS:
             raise UserError(f"{key}: '{method}' is not known; known: {', '.join(INITIALISERS)}")
-        INITIALISERS[method](name, out, cfg, seed)
+        _draw(method, name, out, cfg, seed)
+
+
+def _draw(method: str, name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
+    """By the method with the base model's sizes, times what the width makes of it; see castalia.config.mup."""
+    factor = mup.initial_factor(name, cfg) * cfg.mup_init_scale
+    if cfg.mup and method.startswith("xavier"):
+        outputs, inputs = mup.widths(name, cfg)
+        rows, columns = out.shape[-2:]
+        factor *= math.sqrt((rows + columns) / (rows / outputs + columns / inputs))
+    INITIALISERS[method](name, out, mup.at_base(cfg), seed)
+    if factor != 1:
+        out.mul_(factor)
 
 
 def normal_rows(name: str, out: Tensor, seed: int, std: float, first_row: int = 0) -> None:

@@ -153,7 +153,7 @@ def distance_buckets(distance: Tensor, buckets: int, furthest: int) -> Tensor:
     return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
 
-def relative_bias(distance: Tensor, table: Tensor, furthest: int, head_size: int) -> Tensor:
+def relative_bias(distance: Tensor, table: Tensor, furthest: int, head_size: float) -> Tensor:
     """sqrt(d) table[bucket, head]: integer `[..., S, T]` and `[buckets, n]` to `[..., n, S, T]`.
 
     The root of the head size, which T5 has not, is GPT-NeoX's: scores are scaled, the bias is scaled back.

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from castalia.config import ModelConfig
+from castalia.config import ModelConfig, mup
 from castalia.errors import UserError
 from castalia.model.attention import Attention
 from castalia.model.attention_mask import Documents, Masks
@@ -115,6 +115,8 @@ class Transformer(nn.Module):
         self.final_norm = make_norm(cfg)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=cfg.head_bias)
         self.mtp = nn.ModuleList(AheadModule(cfg) for _ in range(cfg.mtp_depth))
+        for norm in (self.final_norm, *(cast(AheadModule, module).norm for module in self.mtp)):
+            _times(norm, mup.output_factor(cfg))
         if cfg.soft_prompt_tokens:
             freeze_all_but_prompt(self)
 
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
         collected: Collected | None = None,
         doc_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm, divided as the output matrix wants them (see castalia.config.mup).
 
         Args:
             tokens: int64 `[B, S]`.
@@ -206,16 +208,19 @@ class Transformer(nn.Module):
         """Run the modules of `mtp.py`; the last places, which have no such token, have no labels either."""
         collected.ahead.clear()
         for number, module in enumerate(self.mtp):
-            embedded = wide(self.embedding(shifted(tokens, number + 1, 0)))
+            embedded = self._embed_tokens(shifted(tokens, number + 1, 0))
             x = module(x, embedded, len(self.order) + number, context)
             collected.ahead.append(cast(AheadModule, module).norm(x))
 
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        return _scaled(wide(self.embedding(tokens)), self.cfg.mup_embedding_mult)
+
     def _embed(self, tokens: Tensor, positions: Tensor, key: DropoutKey | None) -> Tensor:
-        x = wide(self.embedding(tokens))
+        x, factor = self._embed_tokens(tokens), self.cfg.mup_rp_embedding_mult
         if self.position_embedding is not None:
-            x = x + wide(self.position_embedding(positions + self.cfg.position_offset))
+            x = x + _scaled(wide(self.position_embedding(positions + self.cfg.position_offset)), factor)
         elif self.cfg.position == "sinusoidal":
-            x = x + sinusoids(positions, self.cfg.hidden_size)
+            x = x + _scaled(sinusoids(positions, self.cfg.hidden_size), factor)
         return dropout(x, self.cfg.hidden_dropout, key, "embedding")
 
     def _documents(self, doc_ids: Tensor, tokens: Tensor, cache: Cache | None) -> Documents:
@@ -240,7 +245,9 @@ class Transformer(nn.Module):
         elif self.cfg.position in ("alibi", "rpe"):
             positions = positions if positions.ndim == 2 else positions.unsqueeze(0)
             keys = self._key_positions(positions, past, cache)
-        table = None if self.relative_bias is None else self.relative_bias.weight
+        table = None
+        if self.relative_bias is not None:
+            table = _scaled(self.relative_bias.weight, self.cfg.mup_rp_embedding_mult)
         masks = self.masks.describe(past, positions, keys, table, documents)
         return Context(rotary, masks, documents, cache, key)
 
@@ -263,6 +270,16 @@ class Transformer(nn.Module):
                 f"a sequence of {length} tokens, with model.position_offset {self.cfg.position_offset}, is beyond "
                 f"the {rows} learned positions: shorten it or raise model.max_position_embeddings"
             )
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _times(module: nn.Module, factor: float) -> None:
+    """Multiply what a module returns, wherever it is called: a pipeline's last stage takes over the norm alone."""
+    if factor != 1:
+        module.register_forward_hook(lambda _, __, y: y * factor)
 
 
 def _count_up_to(positions: Tensor, count: int) -> Tensor:

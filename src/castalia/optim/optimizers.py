@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from castalia.config import OptimizerConfig
+from castalia.config import ModelConfig, OptimizerConfig, mup
+from castalia.config.mup import Family
 from castalia.errors import UserError
 
 Groups = list[dict[str, Any]]
@@ -28,11 +29,13 @@ class OptimizerKind:
         make: from parameter groups (each with `params` and `weight_decay`) and the configuration.
         moments: names of its state tensors, each shaped as its parameter.
         elementwise: the update of an element depends on nothing but that element's history.
+        mup: which of muP's rules for learning rates fits; None: none is known.
     """
 
     make: Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
     moments: tuple[str, ...]
     elementwise: bool = True
+    mup: Family | None = None
 
 
 def _adamw(groups: Groups, cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -41,7 +44,7 @@ def _adamw(groups: Groups, cfg: OptimizerConfig) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq")),
+    "adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"), mup="adam"),
 }
 
 
@@ -66,10 +69,36 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1
 
 
-def by_decay(parameters: Mapping[str, Tensor]) -> list[tuple[bool, list[str]]]:
-    """Names of the parameters that decay, and of those that do not, in the model's order; no empty group."""
-    groups = [(flag, [n for n, p in parameters.items() if decays(n, p) is flag]) for flag in (True, False)]
-    return [(flag, names) for flag, names in groups if names]
+class Rule(NamedTuple):
+    """What parameters of one group share: their weight decay, and their learning rate over the configured one."""
+
+    decay: float
+    rate: float
+
+
+def by_rule(
+    parameters: Mapping[str, Tensor], cfg: OptimizerConfig, model: ModelConfig | None
+) -> list[tuple[Rule, list[str]]]:
+    """Names of the parameters of each rule, in the model's order; those that decay come first.
+
+    Args:
+        model: by whose width muP sets rates; None: not known, and then all are 1.
+
+    Raises:
+        UserError: muP is on, and has no rule for this optimizer.
+    """
+    family = optimizer_kind(cfg).mup
+    if model is not None and model.mup and family is None:
+        raise UserError(
+            f"model.mup: no rule for learning rates with optimizer.type '{cfg.type}' is known: use adamw, or say "
+            "mup='adam' or 'sgd' in its OptimizerKind"
+        )
+    groups: dict[tuple[bool, Rule], list[str]] = {}
+    for name, parameter in parameters.items():
+        rate = 1.0 if model is None or family is None else mup.rate_factor(name, model, family)
+        decay = cfg.weight_decay * mup.decay_factor(rate) if decays(name, parameter) else 0.0
+        groups.setdefault((decays(name, parameter), Rule(decay, rate)), []).append(name)
+    return [(rule, groups[flag, rule]) for flag, rule in sorted(groups, key=lambda key: not key[0])]
 
 
 def prepare_state(optimizer: torch.optim.Optimizer, kind: OptimizerKind, done: int = 0) -> None:

@@ -9,7 +9,7 @@ and the optimizer. It lends *working* weights for a forward pass and takes their
 
 `PlainStore` works parameter by parameter, and is what a sharded run uses. `ArenaStore` keeps
 masters, gradients and moments as views into a few flat buffers, one per segment (parameters
-that share decay and dtype of their working copy), so that clipping and the update are a
+that share decay, learning rate and dtype of their working copy), so that clipping and the update are a
 handful of long kernels. The two agree to the rounding of a sum's order; a test holds them to it.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from castalia.config import OptimizerConfig
 from castalia.errors import UserError
-from castalia.optim.optimizers import Groups, by_decay, optimizer_kind, prepare_state
+from castalia.optim.optimizers import Groups, Rule, by_rule, optimizer_kind, prepare_state
 
 _NORM_ROW = 1 << 10
 _ADD_CHUNK = 1 << 18
@@ -107,7 +107,9 @@ def low_precision_names(model: nn.Module) -> list[str]:
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if tied:
         tables.discard("embedding.weight")
-    return [n for n, p in model.named_parameters() if p.ndim > 1 and n not in tables and not n.endswith("router.weight")]
+    return [
+        n for n, p in model.named_parameters() if p.ndim > 1 and n not in tables and not n.endswith("router.weight")
+    ]
 
 
 @torch.no_grad()
@@ -157,6 +159,7 @@ class _Store:
         self._frozen = {n: p for n, p in everything.items() if not p.requires_grad}
         self._low_names = low_precision_names(model) if low else []
         self._refresh_frozen()
+        self._rules = by_rule(self._parameters, cfg, getattr(model, "cfg", None))
         self.optimizer: torch.optim.Optimizer
 
     def prepare(self, first: bool, last: bool) -> None:
@@ -175,13 +178,14 @@ class _Store:
         """`model.<name>` of every weight, frozen ones too, as a checkpoint holds them."""
         return {f"model.{n}": p.detach() for n, p in (self._parameters | self._frozen).items()}
 
-    def _make_optimizer(self, groups: Groups) -> None:
-        self.optimizer = self._kind.make(groups, self._cfg)
+    def _make_optimizer(self, groups: list[tuple[Rule, list[nn.Parameter]]]) -> None:
+        made: Groups = [{"params": parameters, "weight_decay": rule.decay} for rule, parameters in groups]
+        self.optimizer, self._rates = self._kind.make(made, self._cfg), [rule.rate for rule, _ in groups]
         prepare_state(self.optimizer, self._kind)
 
     def _update(self, lr: float, divisor: Tensor | None, gradients: list[Tensor]) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = lr * rate
         if divisor is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # Fused kernels divide on the way, as they do for a loss scaler: no extra pass over the gradients.
             self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
@@ -204,12 +208,7 @@ class PlainStore(_Store):
 
     def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
         super().__init__(model, cfg, low)
-        self._make_optimizer(
-            [
-                {"params": [self._parameters[n] for n in names], "weight_decay": cfg.weight_decay if decay else 0.0}
-                for decay, names in by_decay(self._parameters)
-            ]
-        )
+        self._make_optimizer([(rule, [self._parameters[n] for n in names]) for rule, names in self._rules])
 
     def working(self) -> dict[str, Tensor]:
         """See WeightStore."""
@@ -257,10 +256,10 @@ class PlainStore(_Store):
 
 
 class _Segment:
-    """Parameters that share decay and working dtype, end to end in flat buffers."""
+    """Parameters that share their rule and working dtype, end to end in flat buffers."""
 
-    def __init__(self, names: list[str], parameters: dict[str, nn.Parameter], decay: bool, low: torch.dtype | None):
-        self.names, self.decay, self.low = names, decay, low
+    def __init__(self, names: list[str], parameters: dict[str, nn.Parameter], rule: Rule, low: torch.dtype | None):
+        self.names, self.rule, self.low = names, rule, low
         self.shapes = [parameters[n].shape for n in names]
         self.sizes = [parameters[n].numel() for n in names]
         first = parameters[names[0]]
@@ -291,14 +290,12 @@ class ArenaStore(_Store):
         super().__init__(model, cfg, low)
         low_names = set(self._low_names)
         self._segments = []
-        for decay, names in by_decay(self._parameters):
+        for rule, names in self._rules:
             for is_low in (True, False):
                 members = [n for n in names if (n in low_names) is is_low]
                 if members:
-                    self._segments.append(_Segment(members, self._parameters, decay, low if is_low else None))
-        self._make_optimizer(
-            [{"params": [s.master], "weight_decay": cfg.weight_decay if s.decay else 0.0} for s in self._segments]
-        )
+                    self._segments.append(_Segment(members, self._parameters, rule, low if is_low else None))
+        self._make_optimizer([(s.rule, [s.master]) for s in self._segments])
         self._empty = True
         self.refresh()
 

@@ -69,8 +69,9 @@ def _two_dimensional(mesh: Mesh) -> Any:
 class _Locals(nn.Module):
     """Local shards under canonical names, for a store that asks a module for its parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Transformer) -> None:
         super().__init__()
+        self.cfg = model.cfg
         self.parts = {
             n: nn.Parameter(local_part(p), requires_grad=p.requires_grad) for n, p in model.named_parameters()
         }
@@ -88,7 +89,7 @@ class ShardedStore(PlainStore):
         zero: ZeRO's stage.
     """
 
-    def __init__(self, model: nn.Module, cfg: OptimizerConfig, zero: int) -> None:
+    def __init__(self, model: Transformer, cfg: OptimizerConfig, zero: int) -> None:
         self._wrapped, self._zero = cast(Any, model), zero
         super().__init__(_Locals(model), cfg, None)
 
