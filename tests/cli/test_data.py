@@ -72,15 +72,16 @@ def test_view_shows_what_the_loader_gives(tmp_path: Path, tokens: str, capsys: p
     assert "not a run folder" in words(capsys, "view", tmp_path, "--step", 0, code=2)
 
 
-@pytest.mark.parametrize("blend", [False, True])
+@pytest.mark.parametrize(
+    ("blend", "packing"), [(False, "packed"), (True, "packed"), (False, "unpacked"), (True, "pack_until_overflow")]
+)
 def test_where_is_the_inverse_of_view(
-    tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str], blend: bool
+    tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str], blend: bool, packing: str
 ) -> None:
     other = str(tmp_path / "other")
     prepare([tmp_path / "texts.jsonl"], other, load_tokenizer("byte"))
-    file = config(
-        tmp_path, **({"train_paths": [tokens, other], "train_weights": [1, 2]} if blend else {"path": tokens})
-    )
+    paths = {"train_paths": [tokens, other], "train_weights": [1, 2]} if blend else {"path": tokens}
+    file = config(tmp_path, packing=packing, **paths)
     used: dict[tuple[str, int], list[list[int]]] = {}
     for step in range(6):
         for sample in answer(capsys, "view", file, "--step", step)["samples"]:
@@ -121,6 +122,8 @@ def test_check_good_and_bad(tmp_path: Path, tokens: str, capsys: pytest.CaptureF
     found = answer(capsys, "check", config(tmp_path, path=tokens))
     (row,) = found["forecast"]
     assert row["served"] == 6 * 4 * 16 and row["epochs"] == pytest.approx(row["served"] / row["tokens"])
+    (row,) = answer(capsys, "check", config(tmp_path, path=tokens), "data.packing=unpacked")["forecast"]
+    assert row["epochs"] == pytest.approx(6 * 4 / 20)
     found = answer(capsys, "check", config(tmp_path, path=tokens), "training.steps=100")
     assert found["findings"][-1]["kind"] == "repeats"
 

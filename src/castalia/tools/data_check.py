@@ -18,7 +18,9 @@ import numpy as np
 
 from castalia.config import Config, load
 from castalia.config.derive import derive
+from castalia.data.blend import weights_by_num_documents
 from castalia.data.order import split_documents
+from castalia.data.sample import PackedDataset
 from castalia.data.store import TokenStore
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.errors import UserError
@@ -255,21 +257,28 @@ def forecast(config: Config) -> list[dict[str, Any]]:
         config: derived.
 
     Returns:
-        For each source: `data`, `share` of the run, training `tokens` it has, `served` by the end, `epochs`.
+        For each source: `data`, `share` of the run, training `tokens` it has, `served` by the end (padding
+        included), `epochs`.
     """
     data = config.data
     prefixes = [data.path] if data.path is not None else list(data.train_paths or [])
+    stores = [TokenStore(prefix, lazy=True) for prefix in prefixes]
     weights = (data.train_weights if data.path is None else None) or [1.0] * len(prefixes)
-    total = (config.training.steps or 0) * config.training.batch_size * data.seq_length
+    if data.weights_alpha is not None and data.path is None:
+        weights = weights_by_num_documents([len(store) for store in stores], data.weights_alpha, data.weights_formula)
+    labels: list[str] | list[str | None] = data.train_label_paths or [data.label_path] * len(prefixes)
+    samples = (config.training.steps or 0) * config.training.batch_size
     rows = []
-    for prefix, weight in zip(prefixes, weights, strict=True):
-        store = TokenStore(prefix, lazy=True)
-        has = store.num_tokens
-        if data.path is not None:
-            low, high = split_documents(len(store), data.split)[0]
-            has = int(store.sizes[low:high].sum(dtype=np.int64))
+    for prefix, store, weight, label in zip(prefixes, stores, weights, labels, strict=True):
+        low, high = split_documents(len(store), data.split)[0] if data.path is not None else (0, len(store))
+        has = int(store.sizes[low:high].sum(dtype=np.int64))
         share = weight / sum(weights)
-        served = round(total * share)
-        epochs = served / has if has else float("inf")
-        rows.append({"data": prefix, "share": share, "tokens": has, "served": served, "epochs": epochs})
+        served, epochs = round(samples * share), float("inf")
+        if has:  # by the order that is made soonest: all read a document as often
+            own = TokenStore(label) if label is not None else None
+            rule = (data.seq_length, 0, "permutation", own, data.packing, data.allow_chopped)
+            epochs = PackedDataset(store, (low, high), 1, *rule).times_read(served)
+        rows.append(
+            {"data": prefix, "share": share, "tokens": has, "served": served * data.seq_length, "epochs": epochs}
+        )
     return rows
