@@ -7,7 +7,8 @@ import torch
 
 from castalia.errors import UserError
 from castalia.model.transformer import Transformer
-from castalia.parallel.layout import Layout, check_layout, layout_of
+from castalia.parallel.layout import Layout, layout_of
+from castalia.parallel.parallelize import check_model
 from castalia.parallel.plans import bounds, entry
 from castalia.parallel.stages import layer_stages, partition
 from castalia.tools.verify import shrink, verify_layouts, verify_resume, with_settings
@@ -28,6 +29,7 @@ PAIRS = {
     "pp2zerobubble": DROPOUT,
     "tp2pp2": (*DROPOUT, "model.position=alibi"),
     "zero3pp2": ("model.tie_embeddings=true",),
+    "ep2x2": ("model.moe_num_experts=3", "model.moe_bias_rate=0.01", "model.moe_shared_experts=1"),
     "zero3cp2tp2": ("model.position=learned", "model.qk_norm=true", "model.norm=rmsnorm"),
 }
 
@@ -66,6 +68,10 @@ def test_planted_faults_are_found_and_named(config_of, fault, name, first):
         ({"procs": 3}, (), "training.batch_size 16 does not divide"),
         ({"zero": 3, "shard": 3, "procs": 4}, (), "parallel.shard 3 does not divide the 4"),
         ({"context": 3, "procs": 3}, (), "data.seq_length 32 does not divide by parallel.context 3"),
+        ({"expert": 2, "procs": 2}, (), "parallel.expert 2 is more than model.moe_num_experts 0"),
+        ({"tensor": 2, "procs": 2}, ("model.moe_num_experts=4",), "no plan for cutting layers"),
+        ({"context": 2, "procs": 2}, ("model.moe_num_experts=4",), "model.moe_num_experts needs whole sequences"),
+        ({"tensor": 2, "procs": 2}, ("model.qk_norm=true",), "model.qk_norm with model.norm layernorm"),
         ({"pipeline": 5, "procs": 5}, (), "model.num_layers 4 is less than the 5 stages"),
         ({"pipeline": 2, "procs": 2}, ("model.position=rpe",), "model.position rpe does not go through a pipeline"),
         ({"pipeline": 2, "procs": 4, "zero": 1, "schedule": "zero_bubble"}, (), "zero_bubble splits the backward pass"),
@@ -77,7 +83,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(config_of, settings
     procs = settings.pop("procs")
     spread = with_settings(small, settings)
     with pytest.raises(UserError, match=re.escape(text)):
-        check_layout(spread, layout_of(spread.parallel, procs))
+        check_model(spread, layout_of(spread.parallel, procs))
 
 
 def test_an_unknown_layout_is_refused(config_of):

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and print a table; 4 where something differs."""
     from castalia.config import load
     from castalia.errors import UserError
-    from castalia.tools.verify import FAULTS, LAYOUTS, verify_layouts, verify_resume
+    from castalia.tools.verify import FAULTS, LAYOUTS, refusal, verify_layouts, verify_resume
 
     files, overrides = split_settings(args.settings)
     config = load(files, overrides)
@@ -47,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.plant is not None and args.plant not in FAULTS:
             raise UserError(f"--plant: '{args.plant}' is not known; known: {', '.join(FAULTS)}")
-        names = list(LAYOUTS) if args.layouts == "all" else [name for name in args.layouts.split(",") if name]
+        names = [name for name in args.layouts.split(",") if name]
+        if args.layouts == "all":
+            refused = {name: why for name in LAYOUTS if (why := refusal(config, name))}
+            for name, why in refused.items():
+                print(f"{name}: {why}", file=sys.stderr)
+            names = [name for name in LAYOUTS if name not in refused]
         verdicts = verify_layouts(config, [*names, *args.layout], args.tolerance, args.plant)
     if args.json:
         print(json.dumps({"verdicts": [_values(v) for v in verdicts]}))

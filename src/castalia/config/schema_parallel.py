@@ -26,6 +26,9 @@ class ParallelConfig(Section):
         False, "tensor-parallel ranks share the sequence between matrices (sequence parallel)", "performance"
     )
     context: int = setting(1, "ranks that share each sequence (context parallel)", "performance", ge=1)
+    expert: int = setting(
+        1, "data-parallel ranks that share the experts of each layer (expert parallel)", "performance", ge=1
+    )
     pipeline: int = setting(1, "stages of the pipeline", "performance", ge=1)
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = setting(
         "1f1b", "order of the micro-batches in the pipeline", "performance"
@@ -43,6 +46,11 @@ class ParallelConfig(Section):
             raise ValueError("parallel.sequence shares sequences among tensor-parallel ranks: raise parallel.tensor")
         if self.shard is not None and self.zero == 0:
             raise ValueError("parallel.shard says over how many ranks ZeRO spreads: set parallel.zero to 1, 2 or 3")
+        if self.expert > 1 and (self.zero or self.tensor > 1 or self.context > 1 or self.pipeline > 1):
+            raise ValueError(
+                "parallel.expert goes with plain data parallelism so far: leave parallel.zero, parallel.tensor, "
+                "parallel.context and parallel.pipeline out"
+            )
         if not (self.partition in ("uniform", "parameters") or self.partition.startswith("type:")):
             raise ValueError(f"parallel.partition is {self.partition!r}: give uniform, parameters or type:REGEX")
         return self

@@ -26,6 +26,7 @@ class Layout:
         pipeline, replicate, shard, context, tensor: ranks along each axis.
         zero: ZeRO's stage.
         sequence: sequence parallelism among the tensor ranks.
+        expert: ranks that share experts: those along `shard`.
     """
 
     pipeline: int = 1
@@ -35,6 +36,7 @@ class Layout:
     tensor: int = 1
     zero: int = 0
     sequence: bool = False
+    expert: int = 1
 
     @property
     def world(self) -> int:
@@ -84,12 +86,13 @@ def layout_of(cfg: ParallelConfig, world: int) -> Layout:
             f"a multiple of {fixed} with `castalia train --procs`"
         )
     data = world // fixed
-    shard = (cfg.shard or data) if cfg.zero else 1
+    shard = (cfg.shard or data) if cfg.zero else cfg.expert
     if data % shard:
-        raise UserError(f"parallel.shard {shard} does not divide the {data} data-parallel ranks: change it")
+        key = "shard" if cfg.zero else "expert"
+        raise UserError(f"parallel.{key} {shard} does not divide the {data} data-parallel ranks: change it")
     # Spreading over one rank is not spreading.
     zero = cfg.zero if shard * cfg.context > 1 else 0
-    return Layout(cfg.pipeline, data // shard, shard, cfg.context, cfg.tensor, zero, cfg.sequence)
+    return Layout(cfg.pipeline, data // shard, shard, cfg.context, cfg.tensor, zero, cfg.sequence, cfg.expert)
 
 
 def check_layout(config: Config, layout: Layout) -> None:
@@ -102,6 +105,16 @@ def check_layout(config: Config, layout: Layout) -> None:
         UserError: one sentence about the first thing that does not fit.
     """
     _check_batch(config, layout)
+    if (layout.context > 1 or layout.sequence) and getattr(config.data, "curriculum", "none") != "none":
+        raise UserError(
+            "data.curriculum changes the length of sequences, which parallel.context and parallel.sequence share out "
+            "evenly: leave one of them out"
+        )
+    if layout.expert > max(config.model.moe_num_experts, 1):
+        raise UserError(
+            f"parallel.expert {layout.expert} is more than model.moe_num_experts {config.model.moe_num_experts}: "
+            "lower it"
+        )
     if layout.tensor > 1:
         _check_tensor(config.model, layout, config.data.seq_length)
     if layout.context > 1:
@@ -195,9 +208,7 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
     if config.performance.recompute != "none" and config.parallel.schedule == "zero_bubble":
         raise UserError("parallel.schedule zero_bubble goes back twice: set performance.recompute=none")
     if layout.zero and config.parallel.schedule == "zero_bubble":
-        raise UserError(
-            "parallel.schedule zero_bubble splits the backward pass, ZeRO does not: set parallel.zero=0"
-        )
+        raise UserError("parallel.schedule zero_bubble splits the backward pass, ZeRO does not: set parallel.zero=0")
     micro = config.training.batch_size // (config.micro_batch_size * layout.data)
     if config.parallel.schedule in ("interleaved", "zero_bubble") and micro % layout.pipeline:
         raise UserError(

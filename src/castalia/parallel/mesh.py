@@ -54,6 +54,7 @@ class Mesh:
                 ("shard", "context"),
                 ("replicate", "shard"),
                 AXES[:-1],
+                ("replicate", "context"),
             ):
                 self._groups[axes] = self._make(axes)
 

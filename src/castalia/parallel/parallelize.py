@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config import Config
+from castalia.errors import UserError
 from castalia.model.initial import initial_value
 from castalia.model.loss import VocabularyShard
 from castalia.model.recompute import LayerRunner, Recompute, run_layer
@@ -50,7 +51,7 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
     Raises:
         UserError: the model or the run cannot have this layout.
     """
-    check_layout(config, mesh.layout)
+    check_model(config, mesh.layout)
     with torch.device("meta"):
         model = Transformer(config.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -67,6 +68,26 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
         arena = config.performance.arena and (mesh.layout.pipeline == 1 or config.training.precision == "fp32")
         inner = make_store(model, config.optimizer, config.training.precision, arena)
     return Parts(model, SpreadStore(inner, places, mesh, shapes), places)
+
+
+def check_model(config: Config, layout: Layout) -> None:
+    """As `check_layout`, and look at the model's parameters too: each needs a plan where matrices are cut.
+
+    Raises:
+        UserError: the model or the run cannot have this layout.
+    """
+    check_layout(config, layout)
+    if layout.tensor == 1:
+        return
+    cfg = config.model
+    if cfg.qk_norm is True and cfg.norm in ("layernorm", "non_parametric_layernorm"):
+        raise UserError(
+            f"model.qk_norm with model.norm {cfg.norm} takes all heads together, which parallel.tensor spreads: "
+            "set parallel.tensor=1 or model.norm=rmsnorm"
+        )
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Transformer(cfg).named_parameters()}
+    tensor_places(shapes, layout.tensor, 0, layout.sequence, 1)
 
 
 def wrap(model: Transformer, config: Config, mesh: Mesh) -> tuple[Transformer, dict[str, Place]]:
@@ -88,6 +109,10 @@ def wrap(model: Transformer, config: Config, mesh: Mesh) -> tuple[Transformer, d
         from castalia.parallel.context import spread_sequence
 
         spread_sequence(model, mesh)
+    if layout.expert > 1:
+        from castalia.parallel.experts import spread_experts
+
+        places = spread_experts(model, places, mesh)
     if stages:
         ends = {"embedding.weight"} if model.head is None else set()
         model = Part(model, stages, range(mesh.index("pipeline"), len(stages), layout.pipeline))

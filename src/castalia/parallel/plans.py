@@ -20,7 +20,7 @@ ROWS, COLUMNS, WHOLE, WHOLE_PARTIAL = 0, 1, None, "partial"
 # Of what stays whole, `partial` marks what each rank uses for its own heads alone: gradients are then summed.
 TENSOR_PLAN: dict[str, int | str | None] = {
     "embedding.weight": ROWS,
-    "head.weight": ROWS,
+    "head.*": ROWS,
     "position_embedding.weight": WHOLE,
     "soft_prompt.weight": WHOLE,
     "relative_bias.weight": WHOLE_PARTIAL,

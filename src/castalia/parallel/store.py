@@ -18,6 +18,7 @@ from torch import Tensor
 from castalia.checkpoint.tensors import Piece
 from castalia.optim import WeightStore
 from castalia.optim.weights import sum_of_squares
+from castalia.parallel.experts import holds_experts
 from castalia.parallel.layout import AXES
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh
 from castalia.parallel.plans import Place
@@ -49,9 +50,13 @@ class SpreadStore:
     @torch.no_grad()
     def reduce(self) -> None:
         """See WeightStore."""
-        if not self._mesh.layout.zero:
-            self._sum(self.inner.gradient_buffers(), *GRADIENT_AXES)
         gradients = self.inner.gradients()
+        if self._mesh.layout.expert > 1:
+            # Experts have seen the tokens of all ranks that share them.
+            self._sum([g for n, g in gradients.items() if holds_experts(n)], "replicate", "context")
+            self._sum([g for n, g in gradients.items() if not holds_experts(n)], *GRADIENT_AXES)
+        elif not self._mesh.layout.zero:
+            self._sum(self.inner.gradient_buffers(), *GRADIENT_AXES)
         self._sum([g for n, g in gradients.items() if self._places[n].partial], "tensor")
         if self._mesh.layout.pipeline > 1 and "head.weight" not in self._shapes and "embedding.weight" in gradients:
             self._mesh.sum_over_ends(gradients["embedding.weight"])

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.errors import UserError
 from castalia.model.attention import Core
 from castalia.model.attention_mask import Drop, MaskSpec
 from castalia.model.norms import wide
@@ -121,9 +120,6 @@ def spread(model: Transformer, places: Mapping[str, Place], group: Group, rank: 
         places: the rectangle of each parameter.
         group, rank: the tensor-parallel ranks, and which this is.
         sequence: sequence parallelism.
-
-    Raises:
-        UserError: a part of the model cannot be cut.
     """
     ranks = dist.get_world_size(group)
     modules = dict(model.named_modules())
@@ -144,11 +140,6 @@ def spread(model: Transformer, places: Mapping[str, Place], group: Group, rank: 
     else:
         # A copy in memory too: FSDP2 warns of outputs that are views.
         model.final_norm.register_forward_hook(lambda _, __, y: collectives.copy(y, group).clone())
-    if model.cfg.qk_norm and model.cfg.norm in ("layernorm", "non_parametric_layernorm"):
-        raise UserError(
-            f"model.qk_norm with model.norm {model.cfg.norm} takes all heads together, which tensor parallelism "
-            "spreads: set parallel.tensor=1 or model.norm=rmsnorm"
-        )
 
 
 def _spread_block(block: Any, group: Group, ranks: int, rank: int, sequence: bool) -> None:

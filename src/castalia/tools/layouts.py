@@ -8,7 +8,7 @@ from pathlib import Path
 
 from castalia.config import load
 from castalia.errors import CheckFailed
-from castalia.tools.verify import FAULTS, LAYOUTS, TOLERANCE, Verdict, verify_layouts, verify_resume
+from castalia.tools.verify import FAULTS, LAYOUTS, TOLERANCE, Verdict, refusal, verify_layouts, verify_resume
 
 MODELS: dict[str, tuple[str, ...]] = {
     "rotary, parallel residual, dropout": (
@@ -18,6 +18,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.attention_dropout=0.1",
     ),
     "grouped queries, swiglu, rmsnorm": ("model.num_kv_heads=4", "model.activation=swiglu", "model.norm=rmsnorm"),
+    "mixture of experts": ("model.moe_num_experts=4", "model.moe_shared_experts=1", "model.activation=swiglu"),
     "ALiBi": ("model.position=alibi",),
     "learned positions, tied embeddings": ("model.position=learned", "model.tie_embeddings=true"),
 }
@@ -34,13 +35,20 @@ def certify_layouts(folder: Path) -> str:
     path = folder / "run.yml"
     path.write_text(json.dumps({"version": 1, "training": {"steps": 10}}), encoding="utf-8")
     rows: list[tuple[str, ...]] = []
+    refused: list[tuple[str, ...]] = []
     for model, overrides in MODELS.items():
         config = load([path], overrides)
         # Eight processes once: that is slow on a small machine.
         for name in [n for n, (processes, _) in LAYOUTS.items() if processes < 8 or model == next(iter(MODELS))]:
+            why = refusal(config, name)
+            if why is not None:
+                refused.append((model, name, why))
+                continue
             (verdict,) = verify_layouts(config, [name], timeout=300)
             rows.append((model, *_row(verdict)))
         for before, after in RESUMPTIONS:
+            if refusal(config, before) or refusal(config, after):
+                continue
             rows.append((model, *_row(verify_resume(config, before, after, timeout=300))))
     faults = []
     for fault in FAULTS:
@@ -52,7 +60,8 @@ def certify_layouts(folder: Path) -> str:
 
     said = f"Largest relative differences, at most {TOLERANCE:g}. `a -> b`: killed under a, gone on under b.\n\n"
     head = ("model", "layout", "processes", "loss", "norm", "gradient", "weights")
-    return said + table(head, rows) + "\nPlanted faults:\n\n" + table(("fault", "layout", ""), faults)
+    said += table(head, rows) + "\nRefused:\n\n" + table(("model", "layout", ""), refused)
+    return said + "\nPlanted faults:\n\n" + table(("fault", "layout", ""), faults)
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:

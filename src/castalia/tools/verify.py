@@ -28,7 +28,8 @@ from castalia.config.fields import flat
 from castalia.config.load import Tree, check
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.errors import CheckFailed, UserError
-from castalia.parallel.layout import check_layout, layout_of
+from castalia.parallel.layout import layout_of
+from castalia.parallel.parallelize import check_model
 from castalia.parallel.testing import WorkerFailed, run_in_processes
 from castalia.parallel.world import World
 
@@ -55,6 +56,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2pp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
     "zero3pp2": (4, {"zero": 3, "pipeline": 2}),
     "zero3tp2pp2": (8, {"zero": 3, "tensor": 2, "pipeline": 2}),
+    "ep2": (2, {"expert": 2}),
+    "ep2x2": (4, {"expert": 2}),
     "dp2tp2": (4, {"tensor": 2}),
     "zero3tp2": (4, {"tensor": 2, "zero": 3}),
 }
@@ -128,7 +131,7 @@ def verify_layouts(
     small = shrink(config)
     for _, processes, settings in wanted:
         spread = with_settings(small, settings)
-        check_layout(spread, layout_of(spread.parallel, processes))
+        check_model(spread, layout_of(spread.parallel, processes))
     expected = run_in_processes(1, train_small, small, STEPS, timeout=timeout, joined=False)[0]
     verdicts = []
     for name, processes, settings in wanted:
@@ -157,7 +160,7 @@ def verify_resume(
     for name in (before, after):
         processes, settings = layout_named(name)
         spread = with_settings(small, settings)
-        check_layout(spread, layout_of(spread.parallel, processes))
+        check_model(spread, layout_of(spread.parallel, processes))
         jobs.append((processes, spread))
     expected = run_in_processes(1, train_small, small, STEPS, timeout=timeout, joined=False)[0]
     with tempfile.TemporaryDirectory(prefix="castalia-verify-") as folder:
@@ -174,6 +177,17 @@ def verify_resume(
             raise CheckFailed(f"{before} -> {after}: step {half + step} reads other samples than one process does")
     rest = replace(expected, losses=expected.losses[half:], norms=expected.norms[half:], gradients={})
     return compare(f"{before} -> {after}", rest, [replace(t, gradients={}) for t in traces], tolerance)
+
+
+def refusal(config: Config, name: str) -> str | None:
+    """Why the model of a configuration cannot have a layout; None if it can."""
+    processes, settings = layout_named(name)
+    try:
+        spread = with_settings(shrink(config), settings)
+        check_model(spread, layout_of(spread.parallel, processes))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def layout_named(name: str) -> tuple[int, dict[str, Any]]:
@@ -217,6 +231,10 @@ def shrink(config: Config) -> Config:
         "model.vocab_size": 67,
         "model.max_position_embeddings": 32 + model.position_offset,
         "data.seq_length": 32,
+        "model.moe_num_experts": 4 if model.moe_num_experts else 0,
+        "model.moe_intermediate_size": 24 if model.moe_intermediate_size else None,
+        "model.moe_first_layer": min(model.moe_first_layer, 1),
+        "model.mtp_depth": min(model.mtp_depth, 1),
         "training.batch_size": 16,
         "training.micro_batch_size": 2,
         "training.steps": STEPS,

@@ -24,7 +24,8 @@ from castalia.model.initial import INITIALISERS
 from castalia.model.size import ModelSize, model_size
 from castalia.model.transformer import Transformer
 from castalia.optim.optimizers import optimizer_kind
-from castalia.parallel.layout import check_layout, layout_of
+from castalia.parallel.layout import layout_of
+from castalia.parallel.parallelize import check_model
 from castalia.parallel.world import World, enter_world
 from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats
 from castalia.train.start import check_start
@@ -76,7 +77,7 @@ def prepare_run(config: Config) -> Prepared:
     size = model_size(full)
     check_directory(full.run_dir)
     world = enter_world(full.performance.device)
-    check_layout(full, layout_of(full.parallel, world.size))
+    check_model(full, layout_of(full.parallel, world.size))
     if world.size == 1:  # several processes share the load
         check_memory(full, size, world.device)
     _check_names(full)
