@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from castalia.config.gptneox_curriculum import CURRICULUM_RULES
 from castalia.config.gptneox_given import Given, Rule, near
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
@@ -319,6 +320,7 @@ RULES: tuple[Rule, ...] = (
     Rule("tokenizer.path", ("vocab_file", "tokenizer_type", "merge_file"), tokenizer_path),
     *RUN_RULES,
     *PARALLEL_RULES,
+    *CURRICULUM_RULES,
 )
 # What is only checked: their keys, and the check.
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Given], None]], ...] = (

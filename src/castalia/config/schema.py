@@ -63,6 +63,22 @@ class DataConfig(Section):
     seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0, le=2**32 - 1)
     mask_loss_at_eod: bool = setting(False, "no loss where the input token is the end of a document")
     document_mask: bool = setting(False, "attention does not cross documents, and positions restart at each")
+    curriculum: Literal["none", "linear", "root", "discrete"] = setting(
+        "none", "sequences are shorter at first: linear or root in the step, or by a table (discrete)"
+    )
+    curriculum_start: int = setting(64, "linear, root: length at first", unit="tokens", ge=1, le=2**40)
+    curriculum_end: int | None = setting(
+        None, "linear, root: length in the end; null: seq_length", unit="tokens", ge=1, le=2**40
+    )
+    curriculum_steps: int | None = setting(None, "linear, root: steps to that length", unit="steps", ge=1)
+    curriculum_multiple: int = setting(8, "linear, root: lengths are rounded down to a multiple", unit="tokens", ge=1)
+    curriculum_root: int = setting(2, "root: the length rises with this root of the step", ge=1)
+    curriculum_lengths: list[int] | None = setting(
+        None, "discrete: the lengths, ascending", unit="tokens", min_length=1
+    )
+    curriculum_until: list[int] | None = setting(
+        None, "discrete: the last step, from 1 on, of each of curriculum_lengths but the last", unit="steps"
+    )
     exclude: str | None = setting(
         None,
         "list of training documents that are not learnt from here on (castalia data exclude); may change on resume",
@@ -91,6 +107,28 @@ class DataConfig(Section):
             raise ValueError("data.label_path goes with data.path: give data.train_label_paths with data.train_paths")
         if self.packing == "packed" and not self.allow_chopped:
             raise ValueError("data.packing packed cuts documents: set data.allow_chopped to true, or another packing")
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum(self) -> DataConfig:
+        if self.curriculum in ("linear", "root"):
+            end = self.curriculum_end or self.seq_length
+            if self.curriculum_steps is None:
+                raise ValueError(f"data.curriculum {self.curriculum} needs data.curriculum_steps")
+            if not self.curriculum_multiple <= self.curriculum_start <= end:
+                raise ValueError(
+                    f"data.curriculum_start {self.curriculum_start} must lie between data.curriculum_multiple "
+                    f"{self.curriculum_multiple} and the length in the end, {end}"
+                )
+        if self.curriculum == "discrete":
+            lengths, until = self.curriculum_lengths or [], self.curriculum_until or []
+            if not lengths or len(until) != len(lengths) - 1 or sorted(lengths) != lengths or lengths[0] < 1:
+                raise ValueError(
+                    "data.curriculum discrete needs data.curriculum_lengths, ascending from 1 on, and "
+                    "data.curriculum_until with a step for each but the last"
+                )
+            if sorted(set(until)) != until:
+                raise ValueError("data.curriculum_until must be ascending steps")
         return self
 
     @model_validator(mode="after")
@@ -373,6 +411,8 @@ class Config(Section):
                 f"data.seq_length {self.data.seq_length} with model.position_offset {self.model.position_offset} is "
                 f"beyond model.max_position_embeddings {self.max_positions}: shorten the one or raise the other"
             )
+        if self.data.curriculum != "none" and self.training.tokens is not None and self.training.steps is None:
+            raise ValueError("training.tokens counts sequences of one length: with data.curriculum give training.steps")
         for name in ("moe_balance", "moe_z_loss"):
             if getattr(self.loss, name) and not self.model.moe_num_experts:
                 raise ValueError(f"loss.{name} needs experts: give model.moe_num_experts, or leave it out")

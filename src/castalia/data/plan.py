@@ -10,7 +10,7 @@ step on, is appended to the journal, which the checkpoint keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,15 +119,17 @@ class RunPlan:
 
     Attributes:
         batch_size: sequences per optimizer step, over all devices.
-        seq_length: tokens of each sequence.
+        seq_length: tokens of each sequence, at most.
         steps: optimizer steps of the whole run.
         journal: amendments made during the run, in the order of their making.
+        lengths: tokens of each sequence of a step, 1 to seq_length; None: always seq_length.
     """
 
     batch_size: int
     seq_length: int
     steps: int
     journal: tuple[Amendment, ...] = ()
+    lengths: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.seq_length < 1 or self.steps < 0:
@@ -143,7 +145,8 @@ class RunPlan:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a run of {self.steps} steps")
         skipped = sum(entry.num_steps for entry in self.journal if isinstance(entry, Skip) and entry.from_step <= step)
-        return StepSpec(step, (step + skipped) * self.batch_size, self.batch_size, self.seq_length)
+        length = self.seq_length if self.lengths is None else self.lengths(step)
+        return StepSpec(step, (step + skipped) * self.batch_size, self.batch_size, length)
 
     @property
     def num_samples(self) -> int:

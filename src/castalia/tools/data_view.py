@@ -25,7 +25,7 @@ from castalia.data.sample import SampleSource, SourcePiece
 from castalia.data.store import TokenStore
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
-from castalia.train.data import open_data, open_tokenizer
+from castalia.train.data import open_data, open_tokenizer, run_plan
 
 
 @dataclass
@@ -76,7 +76,7 @@ def open_data_run(files: Sequence[str], overrides: Sequence[str] = ()) -> DataRu
         raise UserError("the configuration has no training data: give data.path, or data.train_paths")
     done = found.step if found is not None else None
     journal = with_exclusions(journal, done or 0, data.excluded)
-    plan = RunPlan(config.training.batch_size, config.data.seq_length, steps, journal)
+    plan = run_plan(config, steps, journal)
     stores = {prefix: TokenStore(prefix, lazy=True) for prefix in data.train_prefixes}
     exclusions = Exclusions(journal, data.train_prefixes)
     return DataRun(config, plan, data.datasets["train"], stores, exclusions, tokenizer, done)

@@ -8,15 +8,17 @@ data.*_paths ───────┴─> TokenStore, documents ──┼> valid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from castalia.config import Config
+from castalia.config.curriculum import sequence_length
 from castalia.data.blend import blend_requests, weights_by_num_documents
 from castalia.data.exclusions import excluded_documents
 from castalia.data.order import split_documents
-from castalia.data.plan import evaluation_samples
+from castalia.data.plan import Amendment, RunPlan, evaluation_samples
 from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
 from castalia.data.store import TokenStore, data_fingerprint
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
@@ -136,6 +138,13 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     read = {part.store.prefix: len(part.store) for part in laid}
     excluded = excluded_documents(data.exclude, read)
     return RunData(datasets, fingerprints, trained, epochs, list(read), excluded, tokenizer, table)
+
+
+def run_plan(config: Config, steps: int, journal: tuple[Amendment, ...]) -> RunPlan:
+    """Which samples each step of a run takes, and how much of them."""
+    data = config.data
+    lengths = None if data.curriculum == "none" else partial(sequence_length, data)
+    return RunPlan(config.training.batch_size, data.seq_length, steps, journal, lengths)
 
 
 def repeats(data: RunData) -> list[str]:

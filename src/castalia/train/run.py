@@ -34,6 +34,7 @@ from castalia.parallel.mesh import Mesh
 from castalia.parallel.world import joined, peak_memory
 from castalia.train.assemble import assemble
 from castalia.train.console import Console, human
+from castalia.train.data import run_plan
 from castalia.train.engine import StepStats
 from castalia.train.environment import environment
 from castalia.train.evaluation import evaluate
@@ -125,6 +126,7 @@ class Run:
         self.accepted: str | None = None
         self.seconds_before, self._began = 0.0, time.monotonic()
         self._since: list[float] = []
+        self._counted = 0
         self.last: dict[str, Record] = {}
 
     def __enter__(self) -> Run:
@@ -155,7 +157,7 @@ class Run:
     def train(self, callbacks: Sequence[Callback] = ()) -> None:
         """Run the loop to its end."""
         self._announce()
-        self._began = time.monotonic()
+        self._began, self._counted = time.monotonic(), self.tokens
         try:
             train_loop(self, callbacks)
         except BaseException as error:
@@ -176,8 +178,10 @@ class Run:
         self._since.append(seconds)
         if not self._logs(self.step):
             return
-        rate = len(self._since) * self.step_tokens / sum(self._since)
+        rate = (self.tokens - self._counted) / sum(self._since)
+        self._counted = self.tokens
         self._since.clear()
+        curriculum = self.config.data.curriculum
         self.last["train"] = self.metrics.write(
             "train",
             self.step,
@@ -186,6 +190,7 @@ class Run:
             lr=lr,
             grad_norm=grad_norm,
             skipped=self.step - self.updates or None,
+            seq_length=None if curriculum == "none" else self.loader.plan.at(self.step - 1).seq_length,
             tokens_per_second=rate,
             mfu=rate * self.size.flops_per_token / (self.peak_flops * self.world.size),
             seconds=self.seconds(),
@@ -302,7 +307,7 @@ class Run:
             prompt_from_tokens(self.model, self.tokenizer.encode(cfg.model.soft_prompt_text))
             self.store.refresh()
         self.journal = with_exclusions(self.journal, self.step, self.data.excluded)
-        plan = RunPlan(cfg.training.batch_size, cfg.data.seq_length, self.steps, self.journal)
+        plan = run_plan(cfg, self.steps, self.journal)
         self.loader = self.loader_of(self.data.datasets["train"], plan)
         dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
@@ -343,11 +348,12 @@ class Run:
         unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
         if unsaid:
             say(f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`")
+        most = "" if cfg.data.curriculum == "none" else "at most "
         unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
             f"{cfg.name}: {human(size.total_parameters)} parameters "
             f"({human(size.non_embedding_parameters)} without embeddings), "
-            f"{human(self.steps * self.step_tokens)} tokens in {self.steps} steps, "
+            f"{most}{human(self.steps * self.step_tokens)} tokens in {self.steps} steps, "
             f"{cfg.training.precision} on {self.world.device}"
             + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )

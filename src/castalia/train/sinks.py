@@ -26,6 +26,7 @@ TRAIN_NAMES: dict[str, tuple[str, float]] = {
     "tokens_per_second": ("runtime/tokens_per_sec", 1.0),
     "mfu": ("runtime/model_flops_utilization", 100.0),  # per cent, as GPT-NeoX has it
     "seconds": ("runtime/seconds", 1.0),
+    "seq_length": ("curriculum_seqlen", 1.0),
     "peak_memory": ("runtime/peak_memory", 1.0),
 }
 EVALUATION_NAMES = {"loss": "lm_loss", "perplexity": "lm_loss_ppl", "char_perplexity": "lm_loss_char_lvl_ppl"}
