@@ -61,6 +61,11 @@ def test_numerics_may_be_accepted(interrupted, tmp_path) -> None:
     assert "changed settings were accepted: optimizer.lr: 0.01 -&gt; 0.02" in (tmp_path / "run/report.html").read_text()
 
 
+def test_other_shapes_cannot_be_accepted(interrupted) -> None:
+    text = interrupted("model", "hidden_size", 64, "--accept", code=2)
+    assert "has other shapes" in text and text.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [

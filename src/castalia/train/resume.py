@@ -36,14 +36,16 @@ def resume(run: Run) -> bool:
     state = found.state
     check_version(state, found.path)
     _refuse_changes(run, state, found.path)
-    for line in accepted_lines(differences(check_values(state["config"], str(found.path)), run.config)):
-        run.console.say(line)
     if state["step"] > run.steps:
         raise UserError(
             f"{found.path}: is at step {state['step']}, beyond training.steps {run.steps}: "
             "raise training.steps, or give another name or output"
         )
     load_checkpoint(found.path, run.store.tensors())
+    if run.accepted:
+        run.console.say(f"going on with changed settings, as accepted: {run.accepted}")
+    for line in accepted_lines(differences(check_values(state["config"], str(found.path)), run.config)):
+        run.console.say(line)
     go_on(run, state["step"], state["updates"], state["tokens"])
     run.journal, run.seconds_before = journal_from_json(state["journal"]), state["seconds"]
     run.imported = state.get("import")
@@ -90,6 +92,4 @@ def _refuse_changes(run: Run, state: dict[str, Any], path: Path) -> None:
             f"{path}: this run was started with other settings that change what is computed ({text}): "
             f"{hint}restore them, give another name, or go on knowingly with --accept"
         )
-    if text:
-        run.accepted = text
-        run.console.say(f"going on with changed settings, as accepted: {text}")
+    run.accepted = text or None
