@@ -213,3 +213,16 @@ def test_how_often_documents_are_read(tmp_path: Path) -> None:
     assert PackedDataset(store, (0, 4), 8, 8, 1, packing="unpacked").times_read(8) == 2
     assert PackedDataset(store, (0, 4), 8, 8, 1, "permutation", packing="pack_until_overflow").times_read(6) == 2
     assert PackedDataset(store, (0, 4), 8, 8, 1).times_read(19) == 4
+
+
+def test_only_labels_that_a_sample_holds_count(tmp_path: Path) -> None:
+    """GPT-NeoX looks at L labels of an unpacked document, else at L + 1; what is cut off counts in neither."""
+    store, _ = stores(tmp_path, [12, 12, 12])
+    with StoreWriter(tmp_path / "late", "i4") as writer:
+        for at in (7, 8, 9):
+            writer.add_document(np.where(np.arange(12) == at, 5, -100))
+        writer.finish()
+    labels = TokenStore(tmp_path / "late")
+    for packing, kept in (("unpacked", [0]), ("pack_until_overflow", [0, 1])):
+        order = DocumentOrder(store, (0, 3), 3, 8, 1, "permutation", packing, True, labels)
+        assert order.doc_idx.tolist() == kept

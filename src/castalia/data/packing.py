@@ -118,6 +118,7 @@ class DocumentOrder:
         self.shuffle_idx: np.ndarray | None = arrays.get("shuffle_idx")
         self.starts: Sequence[int] | np.ndarray = arrays.get("starts", range(len(self.doc_idx) + 1))
         self._sizes = store.sizes
+        self._made: tuple[int, Permutation] | None = None  # of the epoch last asked for
         self.num_documents = int(arrays["kept"][0])
         self.num_packs = len(self.starts) - 1
         passed = -(-len(self.doc_idx) // self.num_documents)
@@ -165,7 +166,11 @@ class DocumentOrder:
         return samples * len(self.doc_idx) / self.num_packs / self.num_documents
 
     def _permutation(self, epoch: int) -> Permutation:
-        return Permutation(self.num_packs, f"castalia packs 1 seed {self.seed} epoch {epoch}")
+        made = self._made
+        if made is None or made[0] != epoch:
+            made = epoch, Permutation(self.num_packs, f"castalia packs 1 seed {self.seed} epoch {epoch}")
+            self._made = made
+        return made[1]
 
 
 def _kept(
