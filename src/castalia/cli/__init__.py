@@ -31,8 +31,10 @@ VERBS = {
     "report": "runs -> one HTML page with curves",
     "plan": "parameters, FLOPs and bytes of a configuration",
     "config": "show, explain, check, compare and convert configurations",
+    "doctor": "does this machine compute and communicate as it should?",
     "launch": "start a run on several hosts: ssh, pdsh, MPI, Slurm, Kubernetes",
     "verify": "do layouts of processes train, and go on, as one process does?",
+    "mup": "check muP over widths, search its settings at a small one, write GPT-NeoX's base shapes",
     "deepy": "the command line of GPT-NeoX's launcher",
 }
 
