@@ -78,9 +78,12 @@ def test_micro_batches_do_not_change_the_run(tiny_values, tmp_path):
             assert (value - other[name]).norm() < 2e-3 * value.norm() + 1e-6, name
 
 
-def test_a_finished_run_stays_as_it_is(tiny_config):
-    first = weights(train(tiny_config, quiet=True))
+def test_a_finished_run_stays_as_it_is(tiny_config, tiny_values):
+    run = train(tiny_config, quiet=True)
+    first, settings = weights(run), (run.directory / "config.yaml").read_text()
     same(first, weights(train(tiny_config, quiet=True)))
+    same(first, weights(train(changed(tiny_values, optimizer={"lr": 0.5}), quiet=True, accept=True)))
+    assert (run.directory / "config.yaml").read_text() == settings
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,8 @@ class Run:
         """Write the folder's files, open what takes records, and say how the run begins."""
         file: MetricsFile | Unwritten = Unwritten()
         if self.first:
-            write_files(self.directory, self.config, self._sources, self.facts, self.tokenizer)
+            if not (self.resumed and self.step >= self.steps):  # a finished run keeps the settings it was made with
+                write_files(self.directory, self.config, self._sources, self.facts, self.tokenizer)
             file = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
         kept = self.mesh.from_first(file.kept)
         if self.resumed:
