@@ -87,6 +87,7 @@ def _show_view(answer: dict[str, Any], args: argparse.Namespace) -> None:
             print(
                 f"  {piece['data']}, document {piece['document']}, tokens {piece['offset']} to {end} "
                 f"of {piece['document_length']}{', excluded: not learnt' if piece['excluded'] else ''}"
+                f"{', rearranged to be filled in' if piece.get('rearranged') else ''}"
             )
             text = piece.get("text", str(piece["ids"]))
             cut = text if args.full or len(text) <= _TEXT_WIDTH else text[:_TEXT_WIDTH] + " ..."

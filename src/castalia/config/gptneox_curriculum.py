@@ -35,11 +35,16 @@ def curriculum(given: Given) -> dict[str, Any]:
         )
     _known(given, config, _SCHEDULES[kind])
     if kind == "fixed_discrete":
-        lengths, until = config.get("difficulty"), config.get("max_step")
+        lengths: Any = config.get("difficulty")
+        until: Any = config.get("max_step")
         if not (_whole(lengths) and _whole(until, empty=True) and len(lengths) == len(until) + 1):
             given.fail("curriculum_learning", "needs a list of difficulty and one of max_step, which is one shorter")
         return {"": "discrete", "lengths": lengths, "until": until}
-    numbers = [block.get("min_difficulty"), block.get("max_difficulty"), *(config.get(k) for k in _SCHEDULES[kind])]
+    numbers: list[Any] = [
+        block.get("min_difficulty"),
+        block.get("max_difficulty"),
+        *(config.get(k) for k in _SCHEDULES[kind]),
+    ]
     if not _whole(numbers):
         names = ", ".join(("min_difficulty", "max_difficulty", *_SCHEDULES[kind]))
         given.fail("curriculum_learning", f"needs whole numbers from 1 on for {names}")

@@ -63,6 +63,16 @@ class DataConfig(Section):
     seed: int | None = setting(None, "seed of the order; null: training.seed", ge=0, le=2**32 - 1)
     mask_loss_at_eod: bool = setting(False, "no loss where the input token is the end of a document")
     document_mask: bool = setting(False, "attention does not cross documents, and positions restart at each")
+    fim_rate: float = setting(
+        0.0, "share of training documents rearranged to be filled in (docs/training_data.md)", ge=0, le=1
+    )
+    fim_spm_rate: float = setting(0.5, "share of the rearranged documents that have their suffix first", ge=0, le=1)
+    fim_tokens: list[str] = setting(
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+        "special tokens of the tokenizer before prefix, suffix and middle",
+        min_length=3,
+        max_length=3,
+    )
     curriculum: Literal["none", "linear", "root", "discrete"] = setting(
         "none", "sequences are shorter at first: linear or root in the step, or by a table (discrete)"
     )
@@ -105,6 +115,10 @@ class DataConfig(Section):
                 raise ValueError(f"data.{key} needs one data set for each of data.{name}")
         if self.label_path is not None and self.path is None:
             raise ValueError("data.label_path goes with data.path: give data.train_label_paths with data.train_paths")
+        if self.fim_rate > 0 and (self.label_path or self.train_label_paths):
+            raise ValueError("data.fim_rate rearranges ids but not labels of their own: leave out the label data sets")
+        if len(set(self.fim_tokens)) < 3:
+            raise ValueError(f"data.fim_tokens {self.fim_tokens} must be three different tokens")
         if self.packing == "packed" and not self.allow_chopped:
             raise ValueError("data.packing packed cuts documents: set data.allow_chopped to true, or another packing")
         return self

@@ -119,6 +119,9 @@ def view_step(run: DataRun, step: int) -> dict[str, Any]:
                 "excluded": run.exclusions.holds(step, place.prefix, place.sequence),
                 "ids": ids,
             }
+            if run.config.data.fim_rate:
+                there = run.stores[place.prefix].get(place.sequence, place.offset).tolist()
+                part["rearranged"] = ids != there[: place.length]
             if run.tokenizer is not None:
                 part["text"] = run.tokenizer.decode(ids)
             parts.append(part)

@@ -17,6 +17,7 @@ from castalia.config import Config
 from castalia.config.curriculum import sequence_length
 from castalia.data.blend import blend_requests, weights_by_num_documents
 from castalia.data.exclusions import excluded_documents
+from castalia.data.fim import FillInMiddle, sentinel_ids
 from castalia.data.order import split_documents
 from castalia.data.plan import Amendment, RunPlan, evaluation_samples
 from castalia.data.sample import BlendedDataset, PackedDataset, SampleSource
@@ -137,6 +138,8 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
     epochs = [getattr(part.order, length) for part in laid] if data.order == "gptneox" else []
     read = {part.store.prefix: len(part.store) for part in laid}
     excluded = excluded_documents(data.exclude, read)
+    if train is not None and data.fim_rate > 0:
+        datasets["train"] = _fill_in_middle(train, config, tokenizer)
     return RunData(datasets, fingerprints, trained, epochs, list(read), excluded, tokenizer, table)
 
 
@@ -150,6 +153,7 @@ def run_plan(config: Config, steps: int, journal: tuple[Amendment, ...]) -> RunP
 def repeats(data: RunData) -> list[str]:
     """A sentence for each training set: how often its documents are read during the run."""
     train = data.datasets.get("train")
+    train = train.dataset if isinstance(train, FillInMiddle) else train
     if isinstance(train, BlendedDataset):
         taken = [(part, int((train.dataset_index == k).sum())) for k, part in enumerate(train.datasets)]
     else:
@@ -203,6 +207,14 @@ def _open(prefix: str, config: Config, fingerprints: dict[str, str]) -> TokenSto
             f"{prefix}: its tokenizer has {known} ids, more than model.vocab_size {vocab}: raise model.vocab_size"
         )
     return store
+
+
+def _fill_in_middle(train: SampleSource, config: Config, tokenizer: Tokenizer | None) -> FillInMiddle:
+    data = config.data
+    sentinels = sentinel_ids(data.fim_tokens, tokenizer)
+    seed = config.training.seed if data.seed is None else data.seed
+    eod = tokenizer.eod if tokenizer is not None else None
+    return FillInMiddle(train, data.fim_rate, data.fim_spm_rate, sentinels, eod, seed)
 
 
 def _packed(
