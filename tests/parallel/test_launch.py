@@ -57,12 +57,13 @@ def test_odd_numbers_are_refused(small_run, capsys, flags):
 
 RANK = "import os, signal, sys, time; rank = os.environ['RANK']; "
 FAILING = """
-import os, time
-from castalia.parallel.launch import noted_failure
+import os, pathlib, time
+from castalia.parallel.launch import FAILURES, noted_failure
 with noted_failure():
     if os.environ['RANK'] == '1':
         raise ArithmeticError('one has had enough')
-    time.sleep(0.3)
+    while not (pathlib.Path(os.environ[FAILURES]) / 'failure-1.json').exists():
+        time.sleep(0.01)
     raise ConnectionError('the other has gone')
 """
 
