@@ -120,6 +120,13 @@ TRANSLATED: dict[str, Translated] = {
     "zero_optimization": _same("mapping"),
     "checkpoint_activations": _same("bool", False),
     "pipe_partition_method": _same("text", "type:transformer|mlp"),
+    "use_mup": _same("bool", False),
+    "base_shapes_file": _same("text", "base-shapes"),
+    "mup_init_scale": _same("number", 1.0),
+    "mup_attn_temp": _same("number", 1.0),
+    "mup_output_temp": _same("number", 1.0),
+    "mup_embedding_mult": _same("number", 1.0),
+    "mup_rp_embedding_mult": _same("number", 1.0),
     # optimizer and schedule
     "optimizer": _same("mapping"),
     "weight_decay": Translated("number", 0.1, 0.01),
@@ -221,8 +228,7 @@ _REPORTED = {
         mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears""",
     "used only by RWKV layers": "dim_att head_size ffn_dim",
     "GPT-NeoX has no load-balancing loss that it could act on": "moe_lbl_in_fp32",
-    "used only by muP": """
-        base_shapes_file mup_init_scale mup_attn_temp mup_output_temp mup_embedding_mult mup_width_scale""",
+    "used only to write base shapes: castalia mup shapes": "mup_width_scale",
     "used only by preference training": """
         dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight
         z_loss kto_beta fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out precompute_model_name""",
@@ -278,14 +284,11 @@ _SPECIAL_DATA = [f"{split}_reward_data_paths" for split in _SPLITS] + [
     f"{sign}_{split}{label}_data_paths" for sign in ("pos", "neg") for split in _SPLITS for label in ("", "_label")
 ]
 REFUSED: dict[str, Refused] = {
-    # Unlike the rest of muP's keys, it counts in GPT-NeoX whether or not use_mup is set.
-    "mup_rp_embedding_mult": Refused("scaled position embeddings", (1.0,)),
     "fp16_lm_cross_entropy": Refused("a loss in fp16", (False,)),
     "serve_model_weights": Refused("serving weights to other programs", (False,)),
     "use_bnb_optimizer": Refused("8-bit Adam", (False,)),
-    "use_mup": Refused("muP", (False,)),
-    "coord_check": Refused("the coordinate check of muP", (False,)),
-    "save_base_shapes": Refused("muP", (False,)),
+    "coord_check": Refused("the coordinate check in place of training (castalia mup check makes it)", (False,)),
+    "save_base_shapes": Refused("base shapes in place of training (castalia mup shapes writes them)", (False,)),
     "scheduler": Refused("DeepSpeed's own scheduler", ({},)),
     "amp": Refused("Apex AMP", block=True),
     "data_efficiency": Refused("DeepSpeed's data efficiency", block=True),
@@ -328,6 +331,10 @@ IDLE: dict[str, str] = {
     ),
     "use_wandb": "W&B is not used",
     "gpt_j_tied": "used only with gpt_j_residual",
+    **dict.fromkeys(
+        ("base_shapes_file", "mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult"),
+        "used only with use_mup",
+    ),
     "moe_num_experts": "one expert is a plain MLP",
     "moe_jitter_eps": "used only by moe_router_type topk with moe_num_experts above 1",
     **dict.fromkeys(("moe_expert_interval", "moe_top_k", "moe_router_type"), "used only with moe_num_experts above 1"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from castalia.config.gptneox_attention import ATTENTION_RULES
 from castalia.config.gptneox_given import Given, Rule, near
+from castalia.config.gptneox_mup import MUP_RULES
 
 _WIDTH = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size")
 _NORMS = {
@@ -206,6 +207,7 @@ def expert_size(given: Given) -> int:
 
 MODEL_RULES: tuple[Rule, ...] = (
     *ATTENTION_RULES,
+    *MUP_RULES,
     Rule("model.norm", ("norm",), norm),
     *(Rule("model.norm_epsilon", (key,), _epsilon(key)) for key in _EPSILONS),
     Rule("model.qk_norm", ("use_qk_layernorm",), lambda g: g["use_qk_layernorm"]),
