@@ -236,7 +236,7 @@ def shrink(config: Config) -> Config:
         "model.moe_first_layer": min(model.moe_first_layer, 1),
         "model.mtp_depth": min(model.mtp_depth, 1),
         "training.batch_size": 16,
-        "training.micro_batch_size": 2,
+        "training.micro_batch_size": 4,
         "training.steps": STEPS,
         "training.tokens": None,
         "schedule.decay_steps": STEPS,
