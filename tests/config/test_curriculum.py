@@ -105,6 +105,8 @@ def test_their_block() -> None:
         ({"curriculum_type": "loss"}, "seqlen"),
         ({"schedule_type": "custom"}, "must have a schedule_type"),
         ({"schedule_config": 3}, "must have a schedule_type"),
+        ({"schedule_type": ["fixed_linear"]}, "must have a schedule_type"),
+        ({3: 4}, "unknown entry '3'"),
         ({"schedule_config": {"total_curriculum_step": 7}}, "whole numbers"),
         ({"schedule_config": {"total_curriculum_step": 7, "difficulty_step": 8, "x": 1}}, "unknown entry 'x'"),
         ({"min_difficulty": 65}, "must lie between"),

@@ -53,7 +53,7 @@ def test_blend(store: TokenStore) -> None:
     assert len(blend) == 20
     seen = [0, 0]
     for n in range(20):
-        which = blend.dataset_index[n]
+        which = blend.blend.at(n)[0]
         assert blend[n].tolist() == parts[which][seen[which]].tolist()
         seen[which] += 1
     assert seen == [5, 15]

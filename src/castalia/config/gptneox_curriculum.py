@@ -29,7 +29,7 @@ def curriculum(given: Given) -> dict[str, Any]:
     if block.get("curriculum_type", "seqlen") != "seqlen":
         given.fail("curriculum_learning", "must have curriculum_type seqlen, which is all that GPT-NeoX acts on")
     kind, config = block.get("schedule_type"), block.get("schedule_config")
-    if kind not in _SCHEDULES or not isinstance(config, dict):
+    if not isinstance(kind, str) or kind not in _SCHEDULES or not isinstance(config, dict):
         given.fail(
             "curriculum_learning", f"must have a schedule_type of {', '.join(_SCHEDULES)} and its schedule_config"
         )
@@ -59,7 +59,7 @@ def curriculum(given: Given) -> dict[str, Any]:
 
 
 def _known(given: Given, block: dict[str, Any], keys: tuple[str, ...]) -> None:
-    unknown = [key for key in block if key not in keys]
+    unknown = [str(key) for key in block if key not in keys]
     if unknown:
         given.fail("curriculum_learning", f"has the unknown entry '{unknown[0]}'{near(unknown[0], keys)}")
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from castalia.data.blend import blend_index
+from castalia.data.blend import TableBlend
+from castalia.data.blend_tree import ComputedBlend
 from castalia.data.order import GPTNeoXOrder, Piece
 from castalia.data.order_permutation import PermutationOrder
 from castalia.data.packing import DocumentOrder
@@ -171,15 +172,18 @@ def _check_lock_step(store: TokenStore, labels: TokenStore) -> None:
 
 
 class BlendedDataset:
-    """Several data sets mixed by weight, as GPT-NeoX blends them.
+    """Several data sets mixed by weight.
 
     Args:
-        datasets: the parts, each built for at least its share (`blend.blend_requests`).
+        datasets: the parts, each built for at least its share (`blend.blend_requests`, `ComputedBlend.taken`).
         weights: one weight for each; only their ratios count.
         num_samples: samples of the blend.
+        order: gptneox blends as GPT-NeoX does, by tables; permutation computes.
     """
 
-    def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[float], num_samples: int) -> None:
+    def __init__(
+        self, datasets: Sequence[PackedDataset], weights: Sequence[float], num_samples: int, order: str = "gptneox"
+    ) -> None:
         if len(datasets) != len(weights):
             raise UserError(f"{len(datasets)} data sets have {len(weights)} weights: give one weight for each")
         lengths = {dataset.seq_length for dataset in datasets}
@@ -187,10 +191,10 @@ class BlendedDataset:
             raise ValueError(f"the parts of a blend have several sequence lengths: {sorted(lengths)}")
         self.datasets = list(datasets)
         self.seq_length = lengths.pop()
-        self.dataset_index, self.dataset_sample_index = blend_index(weights, num_samples)
+        self.blend = (TableBlend if order == "gptneox" else ComputedBlend)(weights, num_samples)
 
     def __len__(self) -> int:
-        return len(self.dataset_index)
+        return len(self.blend)
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Ids of the i-th sample of the blend: int64 [L + 1]."""
@@ -213,14 +217,14 @@ class BlendedDataset:
         for k, part in enumerate(self.datasets):
             mine = part.find(prefix, sequence)
             if mine.size:
-                taken = np.flatnonzero(self.dataset_index == k)
-                found.append(taken[mine[mine < len(taken)]])
+                found.append(self.blend.numbers(k, mine))
         return np.sort(np.concatenate(found))
 
     def _part(self, i: int) -> tuple[PackedDataset, int]:
         if not 0 <= i < len(self):
             raise UserError(f"sample {i} was asked for, but the blend holds {len(self)} samples: ask for fewer steps")
-        return self.datasets[int(self.dataset_index[i])], int(self.dataset_sample_index[i])
+        k, number = self.blend.at(i)
+        return self.datasets[k], number
 
 
 def labels_of(ids: np.ndarray, eod: int | None = None, learnt: np.ndarray | None = None) -> np.ndarray:

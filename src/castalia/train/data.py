@@ -16,6 +16,7 @@ import numpy as np
 from castalia.config import Config
 from castalia.config.curriculum import sequence_length
 from castalia.data.blend import blend_requests, weights_by_num_documents
+from castalia.data.blend_tree import ComputedBlend
 from castalia.data.exclusions import excluded_documents
 from castalia.data.fim import FillInMiddle, sentinel_ids
 from castalia.data.order import split_documents
@@ -119,12 +120,14 @@ def open_data(config: Config, steps: int, tokenizer: Tokenizer | None) -> RunDat
                 if data.weights_alpha is not None:
                     documents_ = [len(store) for store in stores]
                     weights = weights_by_num_documents(documents_, data.weights_alpha, data.weights_formula)
-                wanted = blend_requests(weights, counts[split])
+                wanted = _wanted(weights, counts[split], data.order)
                 parts_ = [
                     _packed(store, (0, len(store)), number, config, own)
                     for store, number, own in zip(stores, wanted, label_stores, strict=True)
                 ]
-                datasets[split] = BlendedDataset(parts_, weights, counts[split]) if len(parts_) > 1 else parts_[0]
+                datasets[split] = (
+                    BlendedDataset(parts_, weights, counts[split], data.order) if len(parts_) > 1 else parts_[0]
+                )
     if steps > 0 and "train" not in datasets:
         raise UserError("no training data: give data.path (with data.split), or data.train_paths")
     table = tokenizer.token_bytes() if tokenizer is not None else None
@@ -155,7 +158,7 @@ def repeats(data: RunData) -> list[str]:
     train = data.datasets.get("train")
     train = train.dataset if isinstance(train, FillInMiddle) else train
     if isinstance(train, BlendedDataset):
-        taken = [(part, int((train.dataset_index == k).sum())) for k, part in enumerate(train.datasets)]
+        taken = [(part, train.blend.taken(k)) for k, part in enumerate(train.datasets)]
     else:
         taken = [(train, train.order.num_samples)] if isinstance(train, PackedDataset) else []
     lines = []
@@ -163,6 +166,19 @@ def repeats(data: RunData) -> list[str]:
         times = part.times_read(samples)
         lines.append(f"{part.store.prefix} is read {times:.3g} times: {samples:,} samples of {part.seq_length} tokens")
     return lines
+
+
+def unread_sources(data: RunData) -> list[str]:
+    """A sentence for each source of the training blend that the run is too short to read."""
+    train = data.datasets.get("train")
+    train = train.dataset if isinstance(train, FillInMiddle) else train
+    if not isinstance(train, BlendedDataset):
+        return []
+    return [
+        f"{part.store.prefix} is not read at all, as its share of the run is less than one sample: raise its weight"
+        for k, part in enumerate(train.datasets)
+        if train.blend.taken(k) == 0
+    ]
 
 
 def missing_splits(config: Config, data: RunData, steps: int) -> list[str]:
@@ -207,6 +223,14 @@ def _open(prefix: str, config: Config, fingerprints: dict[str, str]) -> TokenSto
             f"{prefix}: its tokenizer has {known} ids, more than model.vocab_size {vocab}: raise model.vocab_size"
         )
     return store
+
+
+def _wanted(weights: list[float], num_samples: int, order: str) -> list[int]:
+    """Samples to ask of each part of a blend: GPT-NeoX's numbers decide its order, a permutation has what is taken."""
+    if order == "gptneox":
+        return blend_requests(weights, num_samples)
+    blend = ComputedBlend(weights, num_samples)
+    return [blend.taken(k) for k in range(len(weights))]
 
 
 def _fill_in_middle(train: SampleSource, config: Config, tokenizer: Tokenizer | None) -> FillInMiddle:

@@ -27,7 +27,7 @@ from castalia.optim.optimizers import optimizer_kind
 from castalia.parallel.layout import Layout, layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.world import World, enter_world
-from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats
+from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats, unread_sources
 from castalia.train.start import check_start
 
 _LAYERS_TRIED = 200
@@ -97,7 +97,7 @@ def prepare_run(config: Config) -> Prepared:
 
 
 def _warnings(config: Config, data: RunData, tokenizer: Tokenizer | None, steps: int) -> list[str]:
-    lines = missing_splits(config, data, steps)
+    lines = [*missing_splits(config, data, steps), *unread_sources(data)]
     if data.datasets.keys() & {"valid", "test"} and data.token_bytes is None:
         why = "there is no tokenizer" if tokenizer is None else "the tokenizer does not keep every byte of a text"
         lines.append(f"evaluations give the loss alone, no bits per byte, since {why}")
