@@ -18,6 +18,7 @@ so a rank that holds a part of a matrix knows its rule. No torch: model and opti
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from castalia.config.section import Section, setting
@@ -123,6 +124,14 @@ def widths(name: str, cfg: ModelConfig) -> tuple[float, float]:
 def matrix_like(name: str) -> bool:
     """Whether both sides of a parameter grow with the width."""
     return any(name.endswith(suffix) and "fixed" not in sides for suffix, *sides in _RULES)
+
+
+def base_sides(name: str, shape: Sequence[int], cfg: ModelConfig) -> tuple[float, float]:
+    """Rows and columns of the base model's matrix; a table that is looked up has its outputs as columns."""
+    outputs, inputs = widths(name, cfg)
+    if name.endswith(("embedding.weight", "relative_bias.weight")):
+        outputs, inputs = inputs, outputs
+    return shape[-2] / outputs, shape[-1] / inputs
 
 
 def initial_factor(name: str, cfg: ModelConfig) -> float:

@@ -97,9 +97,7 @@ def _draw(method: str, name: str, out: Tensor, cfg: ModelConfig, seed: int) -> N
     """By the method with the base model's sizes, times what the width makes of it; see castalia.config.mup."""
     factor = mup.initial_factor(name, cfg) * cfg.mup_init_scale
     if cfg.mup and method.startswith("xavier"):
-        outputs, inputs = mup.widths(name, cfg)
-        rows, columns = out.shape[-2:]
-        factor *= math.sqrt((rows + columns) / (rows / outputs + columns / inputs))
+        factor *= math.sqrt(sum(out.shape[-2:]) / sum(mup.base_sides(name, out.shape, cfg)))
     INITIALISERS[method](name, out, mup.at_base(cfg), seed)
     if factor != 1:
         out.mul_(factor)
