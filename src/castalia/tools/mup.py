@@ -4,7 +4,8 @@
        start   |x|               after initialisation: must not grow with the width, nor fall but where it may
        change  |x - x at start|  after the steps: must neither grow nor fall
        end     |x|               after the steps, of attention scores: the same
-       decay   of each weight by one update without a gradient: must be the same at all widths
+       decay   of each weight by one update without a gradient: must be the same at all widths; the
+               other updates go without, as it would hide that they vanish
 
 The coordinate check of Yang et al. 2022 (Tensor Programs V, appendix D.1) as numbers. Changes are looked
 at, not values, as these hide an update that vanishes. The smallest width is the base, so muP and the
@@ -190,7 +191,7 @@ def measure(cfg: ModelConfig, config: Config, steps: int, lr: float, seed: int) 
     """The numbers of one model, by kind and part."""
     model = build_model(cfg, seed)
     out = {("decay", name): value for name, value in decays(model, config, lr).items()}
-    store = make_store(model, config.optimizer, "fp32", arena=False)
+    store = make_store(model, config.optimizer.model_copy(update={"weight_decay": 0.0}), "fp32", arena=False)
     engine = LocalEngine(model, store, config.loss, seed=seed)
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(cast(int, cfg.vocab_size), (TOKENS[0], TOKENS[1] + 1), generator=draw)
