@@ -72,6 +72,8 @@ def test_planted_faults_are_found_and_named(config_of, fault, name, first):
         ({"tensor": 2, "procs": 2}, ("model.moe_num_experts=4",), "no plan for cutting layers"),
         ({"context": 2, "procs": 2}, ("model.moe_num_experts=4",), "model.moe_num_experts needs whole sequences"),
         ({"tensor": 2, "procs": 2}, ("model.qk_norm=true",), "model.qk_norm with model.norm layernorm"),
+        ({"context": 2, "procs": 2}, ("data.document_mask=true",), "data.document_mask needs whole sequences"),
+        ({"pipeline": 2, "procs": 2}, ("data.document_mask=true",), "data.document_mask does not go through"),
         ({"pipeline": 5, "procs": 5}, (), "model.num_layers 4 is less than the 5 stages"),
         ({"pipeline": 2, "procs": 2}, ("model.position=rpe",), "model.position rpe does not go through a pipeline"),
         ({"pipeline": 2, "procs": 4, "zero": 1, "schedule": "zero_bubble"}, (), "zero_bubble splits the backward pass"),

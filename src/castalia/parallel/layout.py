@@ -105,7 +105,7 @@ def check_layout(config: Config, layout: Layout) -> None:
         UserError: one sentence about the first thing that does not fit.
     """
     _check_batch(config, layout)
-    if (layout.context > 1 or layout.sequence) and getattr(config.data, "curriculum", "none") != "none":
+    if (layout.context > 1 or layout.sequence) and config.data.curriculum != "none":
         raise UserError(
             "data.curriculum changes the length of sequences, which parallel.context and parallel.sequence share out "
             "evenly: leave one of them out"
@@ -179,6 +179,7 @@ def _check_context(config: Config, layout: Layout) -> None:
         ("model.soft_prompt_tokens", model.soft_prompt_tokens),
         ("model.moe_num_experts", model.moe_num_experts),
         ("model.mtp_depth", model.mtp_depth),
+        ("data.document_mask", config.data.document_mask),
     ):
         if there:
             raise UserError(f"{key} needs whole sequences on each rank: set parallel.context=1")
@@ -201,7 +202,7 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
         ("model.position rpe", model.position == "rpe"),
         ("model.moe_num_experts", model.moe_num_experts),
         ("model.mtp_depth", model.mtp_depth),
-        ("data.document_mask", getattr(config.data, "document_mask", False)),
+        ("data.document_mask", config.data.document_mask),
     ):
         if there:
             raise UserError(f"{key} does not go through a pipeline yet: set parallel.pipeline=1")
