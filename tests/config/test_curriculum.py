@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from castalia.config.curriculum import sequence_length
+from castalia.config.curriculum import row_tokens, sequence_length
 from castalia.config.gptneox_curriculum import CURRICULUM_RULES
 from castalia.config.gptneox_given import Given
 from castalia.config.schema import DataConfig
@@ -53,6 +53,7 @@ def test_lengths_rise_within_bounds(start: int, more: int, steps: int, multiple:
         curriculum_multiple=multiple, curriculum_root=root,
     )  # fmt: skip
     found = [sequence_length(data, step) for step in range(3 * steps + 400)]
+    assert row_tokens(data, len(found)) == sum(found) and row_tokens(data, 3) == sum(found[:3])
     assert found == sorted(found) and found[0] > 0 and start - multiple < found[0] and found[-1] <= data.seq_length
 
 

@@ -140,6 +140,17 @@ THEIR_WORDS = {
     "tokenizer_type": ["HFTokenizer", "GPT2BPETokenizer", "CharLevelTokenizer"],
     "attention_config": [[[["global"], "all"]], [[["flash", "global"], 1]], [[["local"], "all"]], ["flash", "flash"]],
     "soft_prompt_tuning": [{"enabled": False}, {"enabled": True, "n_tokens": 3}, {"enabled": True, "init_range": 0.1}],
+    "curriculum_learning": [
+        {"enabled": False},
+        {
+            "enabled": True,
+            "curriculum_type": "seqlen",
+            "min_difficulty": 8,
+            "max_difficulty": 16,
+            "schedule_type": "fixed_linear",
+            "schedule_config": {"total_curriculum_step": 5, "difficulty_step": 8},
+        },
+    ],
     "fp16": [{"enabled": False}, {"enabled": True}, {"enabled": True, "type": "bfloat16"}],
     "bf16": [{"enabled": False}, {"enabled": True}],
     "optimizer": [

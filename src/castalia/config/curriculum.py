@@ -12,6 +12,8 @@ after the rise, so an end that is no multiple is reached a little after `steps`.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from functools import partial
 
 from castalia.config.schema import DataConfig
 
@@ -29,3 +31,13 @@ def sequence_length(data: DataConfig, step: int) -> int:
     share: float = (n / (data.curriculum_steps or 1)) ** (1 / root)
     length = math.floor(share * (end - data.curriculum_start) + data.curriculum_start)
     return min(length - length % data.curriculum_multiple, end, data.seq_length)
+
+
+def row_tokens(data: DataConfig, steps: int) -> int:
+    """Tokens that one row of the batch reads in the first `steps` steps."""
+    if steps < 1:
+        return 0
+    length = partial(sequence_length, data)
+    last = length(steps - 1)
+    settled = bisect_left(range(steps), last, key=length)  # lengths never fall
+    return sum(map(length, range(settled))) + (steps - settled) * last

@@ -22,6 +22,7 @@ import torch
 import castalia
 from castalia.checkpoint import CheckpointNotSaved, RunLock, save_checkpoint
 from castalia.config import Config, load, notes, remarks
+from castalia.config.curriculum import row_tokens
 from castalia.data.exclusions import Exclusions, with_exclusions
 from castalia.data.loader import Loader, Shard
 from castalia.data.plan import Amendment, Exclude, RunPlan, journal_to_json
@@ -349,12 +350,12 @@ class Run:
         unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
         if unsaid:
             say(f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`")
-        most = "" if cfg.data.curriculum == "none" else "at most "
+        tokens = cfg.training.batch_size * row_tokens(cfg.data, self.steps)
         unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
             f"{cfg.name}: {human(size.total_parameters)} parameters "
             f"({human(size.non_embedding_parameters)} without embeddings), "
-            f"{most}{human(self.steps * self.step_tokens)} tokens in {self.steps} steps, "
+            f"{human(tokens)} tokens in {self.steps} steps, "
             f"{cfg.training.precision} on {self.world.device}"
             + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )

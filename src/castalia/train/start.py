@@ -27,7 +27,7 @@ from castalia.checkpoint import (
 )
 from castalia.checkpoint.layout import MANIFEST, step_of
 from castalia.config import StartConfig
-from castalia.config.curriculum import sequence_length
+from castalia.config.curriculum import row_tokens
 from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
 from castalia.train.resume import changes, check_version, go_on
@@ -173,10 +173,13 @@ def _from_gptneox(run: Run, path: Path, cfg: StartConfig) -> tuple[int, str, tup
         updates = int(max(state["step"] for state in theirs.optimizer.values()))
     wanted = {n: t for n, t in mine.items() if cfg.optimizer or n.startswith("model.")}
     _copy(sources, wanted, path)
-    data = run.config.data
-    rows = sum(sequence_length(data, step) for step in range(theirs.iteration))
     if cfg.optimizer:
-        go_on(run, theirs.iteration, updates, rows * run.config.training.batch_size)
+        go_on(
+            run,
+            theirs.iteration,
+            updates,
+            run.config.training.batch_size * row_tokens(run.config.data, theirs.iteration),
+        )
     else:
         go_on(run, 0, 0, 0)
     return theirs.iteration, f"GPT-NeoX's {path}", ()
