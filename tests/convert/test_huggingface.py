@@ -223,6 +223,8 @@ def obstacle(value: Any, name: str, **others: Any) -> Fate:
 
 
 SCALED = {"rotary_scaling": "yarn", "rotary_scaling_factor": 2.0, "rotary_original_length": 16}
+WITH_MUP = {"mup": True, "mup_base_hidden_size": 8}
+MUP_FACTORS = ("mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
 OF_EXPERTS = {
     **{"moe_top_k": 1, "moe_first_layer": 1, "moe_interval": 2, "moe_intermediate_size": 24, "moe_jitter": 0.1},
     **{"moe_shared_experts": 1, "moe_router": "sinkhorn", "moe_score": "sigmoid", "moe_normalise": False},
@@ -285,6 +287,11 @@ FATES: dict[str, Fate] = {
     "init_method": Fate("normal", NO_EFFECT, NO_EFFECT),
     "output_init_method": Fate("normal", NO_EFFECT, NO_EFFECT),
     "init_std": Fate(0.01, NO_EFFECT, NO_EFFECT),
+    "mup": obstacle(True, "mup", mup_base_hidden_size=8),
+    **{f"mup_base_{name}": obstacle(4, "mup", **WITH_MUP) for name in ("intermediate_size", "head_dim")},
+    "mup_base_hidden_size": obstacle(4, "mup", mup=True),
+    "mup_init_scale": Fate(2.0, NO_EFFECT, NO_EFFECT),
+    **{name: obstacle(2.0, name) for name in MUP_FACTORS},
 }
 
 

@@ -204,6 +204,11 @@ def test_what_has_no_rule_is_refused(fields, message):
         config(**fields)
 
 
+def test_factors_that_other_formats_lack_are_known():
+    assert mup.factors_at_work(config(32)) is None and mup.factors_at_work(config(64)) == "mup"
+    assert mup.factors_at_work(config(32, mup_attn_temp=2.0)) == "mup_attn_temp"
+
+
 def test_an_optimizer_without_a_rule_is_refused(monkeypatch):
     kind = OptimizerKind(lambda groups, cfg: torch.optim.SGD(groups, lr=cfg.lr), moments=())
     monkeypatch.setitem(optimizers.OPTIMIZERS, "own", kind)

@@ -142,7 +142,7 @@ def written(tmp_path_factory):
         f"""
         version: 1
         data: {{train_paths: ["{folder}/data"], seq_length: 8}}
-        model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 4, vocab_size: 64, mup: true, mup_base_hidden_size: 16}}
+        model: {{num_layers: 1, hidden_size: 32, vocab_size: 64, mup: true, mup_base_hidden_size: 16}}
         training: {{steps: 2, batch_size: 2}}
         evaluation: {{interval: null, at_end: false}}
         """

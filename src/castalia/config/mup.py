@@ -179,6 +179,13 @@ def output_factor(cfg: ModelConfig) -> float:
     return 1 / (ratios(cfg).hidden * cfg.mup_output_temp)
 
 
+def factors_at_work(cfg: ModelConfig) -> str | None:
+    """A setting by which the forward pass differs from that of the same weights without it; None: there is none."""
+    said = ("mup_attn_temp", "mup_output_temp", "mup_embedding_mult", "mup_rp_embedding_mult")
+    given = next((name for name in said if getattr(cfg, name) != 1), None)
+    return given if given or ratios(cfg) == Ratios() else "mup"
+
+
 def at_base(cfg: ModelConfig) -> ModelConfig:
     """The configuration by which initial standard deviations are reckoned."""
     return cfg.model_copy(update={"hidden_size": cfg.mup_base_hidden_size}) if cfg.mup else cfg

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from castalia.config import ModelConfig
+from castalia.config.mup import factors_at_work
 from castalia.convert.table import Row, join_qkv, split_qkv
 from castalia.errors import UserError
 
@@ -90,6 +91,9 @@ class Architecture:
             for field, value in (PLAIN | dict(self.needs)).items()
             if value is not ANY
         ]
+        factor = factors_at_work(model)
+        if factor is not None:
+            found.append((f"model.{factor} {'false' if factor == 'mup' else 1}", False))
         shared = ("model.num_unique_layers null", model.num_unique_layers in (None, model.num_layers))
         return [text for text, met in (*found, shared, *self.further(model)) if not met]
 
