@@ -51,14 +51,3 @@ def test_tokens_do_not_say_how_many_steps(tiny_values):
     tiny_values["training"] = {"tokens": 1000, "batch_size": 8}
     with pytest.raises((UserError, ValueError), match=r"give training\.steps"):
         Config.model_validate(tiny_values)
-
-
-def test_parts_of_the_shorter_sequences(tiny_values):
-    from castalia.parallel.layout import layout_of
-    from castalia.train.preflight import _check_curriculum
-
-    tiny_values["data"] |= {"curriculum": "discrete", "curriculum_lengths": [10, 32], "curriculum_until": [3]}
-    tiny_values["parallel"] = {"context": 4}
-    config = Config.model_validate(tiny_values)
-    with pytest.raises(UserError, match="4 parts"):
-        _check_curriculum(config, layout_of(config.parallel, 4))

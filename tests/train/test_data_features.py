@@ -10,7 +10,7 @@ import pytest
 from castalia.config import Config
 from castalia.data.store import StoreWriter, TokenStore
 from castalia.errors import UserError
-from castalia.train.data import open_data, open_tokenizer, repeats
+from castalia.train.data import open_data, open_tokenizer, repeats, unread_sources
 from castalia.train.run import train
 
 
@@ -114,3 +114,15 @@ def test_a_permutation_opens_without_reading_the_index(tiny_values, monkeypatch)
     data = open_data(config, 12, tokenizer)
     assert tokenizer is not None and len(data.datasets["train"]) >= 12 * 8 and len(data.train_fingerprints) == 1
     assert len(repeats(data)) == 1 and data.datasets["train"][5].shape == (33,)
+
+
+def test_a_source_that_is_never_read_is_named(tiny_values, tiny_data):
+    paths = [str(tiny_data)] * 2
+    tiny_values["data"] = {"train_paths": paths, "train_weights": [1, 1e-6], "seq_length": 32, "order": "permutation"}
+    config = Config.model_validate(tiny_values)
+    data = open_data(config, 12, open_tokenizer(config))
+    (line,) = unread_sources(data)
+    assert "not read at all" in line and len(data.datasets["train"]) == 12 * 8
+    tiny_values["data"]["train_weights"] = [1, 0.1]
+    config = Config.model_validate(tiny_values)
+    assert unread_sources(open_data(config, 12, open_tokenizer(config))) == []

@@ -24,7 +24,7 @@ from castalia.model.initial import INITIALISERS
 from castalia.model.size import ModelSize, model_size
 from castalia.model.transformer import Transformer
 from castalia.optim.optimizers import optimizer_kind
-from castalia.parallel.layout import Layout, layout_of
+from castalia.parallel.layout import layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.world import World, enter_world
 from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats, unread_sources
@@ -78,7 +78,6 @@ def prepare_run(config: Config) -> Prepared:
     check_directory(full.run_dir)
     world = enter_world(full.performance.device)
     check_model(full, layout_of(full.parallel, world.size))
-    _check_curriculum(full, layout_of(full.parallel, world.size))
     if world.size == 1:  # several processes share the load
         check_memory(full, size, world.device)
     _check_names(full)
@@ -102,20 +101,6 @@ def _warnings(config: Config, data: RunData, tokenizer: Tokenizer | None, steps:
         why = "there is no tokenizer" if tokenizer is None else "the tokenizer does not keep every byte of a text"
         lines.append(f"evaluations give the loss alone, no bits per byte, since {why}")
     return lines
-
-
-def _check_curriculum(config: Config, layout: Layout) -> None:
-    """Ranks that cut sequences into parts must be able to cut the shorter ones too."""
-    data, parts = config.data, layout.context * (layout.tensor if layout.sequence else 1)
-    if data.curriculum == "none" or parts == 1:
-        return
-    rising = [data.curriculum_multiple, data.curriculum_end or data.seq_length]
-    lengths = (data.curriculum_lengths or []) if data.curriculum == "discrete" else rising
-    if odd := [length for length in lengths if length % parts]:
-        raise UserError(
-            f"the lengths of data.curriculum must divide into {parts} parts, by parallel.context and parallel.tensor, "
-            f"and {odd[0]} does not: change data.curriculum_multiple, data.curriculum_lengths or the layout"
-        )
 
 
 def _check_names(config: Config) -> None:
