@@ -15,6 +15,7 @@ from typing import Any
 
 from castalia.config.gptneox_given import Given, Rule
 from castalia.config.yaml12 import read_yaml
+from castalia.errors import UserError
 
 _MULTIPLIERS = ("mup_init_scale", "mup_output_temp", "mup_embedding_mult")
 _DEAD = ("mup_attn_temp", "mup_output_temp")
@@ -27,7 +28,10 @@ def _used(given: Given) -> bool:
 def base_shapes(given: Given) -> dict[str, list[int | None]]:
     """What the file of the first rank says, by the name of the parameter."""
     path = f"{given['base_shapes_file']}.0"
-    values: Any = read_yaml(path).values
+    try:
+        values: Any = read_yaml(path).values
+    except UserError as error:
+        given.fail("base_shapes_file", f"cannot be used: {error}")
     for name, shape in values.items():
         if not isinstance(shape, list) or not all(n is None or (isinstance(n, int) and n > 0) for n in shape):
             given.fail("base_shapes_file", f"is {path}, where {name} is no list of sizes and nulls")
