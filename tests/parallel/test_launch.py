@@ -98,3 +98,31 @@ def test_signals_reach_every_rank(tmp_path):
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 3
     assert sorted(path.name for path in tmp_path.glob("stopped*")) == ["stopped0", "stopped1"]
+
+
+HANGS = """
+import sys, threading
+from castalia.train.run import train
+def stand_still(run):
+    if run.world.rank == 1 and run.step == 2:
+        threading.Event().wait()
+train(sys.argv[1], "output=" + sys.argv[2], "performance.hang_timeout=4", callbacks=[stand_still], quiet=True)
+"""
+
+
+def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_all(small_run, tmp_path, capfd):
+    assert supervise([sys.executable, "-c", HANGS, str(small_run), str(tmp_path / "run")], 2, 4.0) == 1
+    said = capfd.readouterr().err
+    assert "rank 1 of 2 stood still first" in said and "\nrank 1:" in said and "rank 0:" in said
+    assert "stand_still" in said and "train_loop" in said
+    assert said.index("stand_still") > said.index("rank 1:")
+
+
+def test_a_rank_without_a_supervisor_ends_itself(capfd):
+    alone = (
+        "import threading; from castalia.parallel.heartbeat import heartbeat\n"
+        "with heartbeat(0, 2, 0.2) as beat: beat(); threading.Event().wait()"
+    )
+    bare = {name: value for name, value in os.environ.items() if name != "CASTALIA_FAILURES"}
+    assert subprocess.run([sys.executable, "-c", alone], env=bare, timeout=60).returncode == 1
+    assert "Timeout" in capfd.readouterr().err

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
         check_layout(derive(config)[0], layout_of(config.parallel, procs))
         flags = [f"--{flag}" for flag in ("accept", "quiet", "verbose", "no-report", "json") if _given(args, flag)]
-        return supervise([sys.executable, "-m", "castalia", "train", *args.settings, *flags], procs)
+        hang_timeout = config.performance.hang_timeout
+        return supervise([sys.executable, "-m", "castalia", "train", *args.settings, *flags], procs, hang_timeout)
 
     from castalia.parallel.launch import noted_failure
     from castalia.tools.report import write_report

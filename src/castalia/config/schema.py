@@ -361,6 +361,9 @@ class PerformanceConfig(Section):
     peak_flops: float | None = setting(
         None, "the device's matrix rate for MFU; null: measured when training starts", "cosmetic", "FLOP/s", gt=0
     )
+    hang_timeout: float | None = setting(
+        600.0, "a job of several processes that stands still so long is ended; null: never", "cosmetic", "s", gt=0
+    )
 
 
 class Config(Section):

@@ -22,22 +22,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from castalia.errors import UserError
+from castalia.parallel.heartbeat import FAILURES, beats
 
-FAILURES = "CASTALIA_FAILURES"
-"""Variable with the folder in which each rank notes its failure."""
 GRACE = 3.0  # seconds that the others have to fail by themselves, and so to say why, after one has failed
+LINES = 24  # of each rank's stacks that are shown
 
 
-def supervise(command: Sequence[str], processes: int) -> int:
+def supervise(command: Sequence[str], processes: int, hang_timeout: float | None = None) -> int:
     """Run a command as several ranks; SIGINT, SIGTERM and SIGHUP go on to all of them.
 
     Args:
         command: the same for each rank; it finds its own in the environment.
         processes: how many.
+        hang_timeout: seconds without a sign of life (heartbeat.py) after which the job is ended; None: never.
 
     Returns:
         The job's exit code: that of the rank that failed first; 0 if none did. A rank that was killed
-        by a signal counts as 1.
+        by a signal counts as 1, and so does a job that stood still.
     """
     with tempfile.TemporaryDirectory(prefix="castalia-job-") as folder:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
@@ -61,7 +62,10 @@ def supervise(command: Sequence[str], processes: int) -> int:
         ]
         try:
             with _passed_on(ranks):
-                codes = _wait(ranks)
+                codes, hung = _wait(ranks, Path(folder), hang_timeout)
+            if hung:
+                _show_stacks(ranks, Path(folder), hung, hang_timeout)
+                return 1
         finally:
             for rank in ranks:
                 rank.kill()
@@ -75,8 +79,15 @@ def supervise(command: Sequence[str], processes: int) -> int:
         return max(failed[first], 1)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Wait for all, and when one fails only for so long; exit codes of those that ended by themselves, in order."""
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], folder: Path, hang_timeout: float | None
+) -> tuple[dict[int, int], list[int]]:
+    """Wait for all, and when one fails or stands still only for so long.
+
+    Returns:
+        Exit codes of the ranks that ended by themselves, in order; the ranks that stood still first, if any did.
+    """
+    looked = time.monotonic()
     codes: dict[int, int] = {}
     deadline = float("inf")
     while len(codes) < len(ranks) and time.monotonic() < deadline:
@@ -86,8 +97,35 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
                 codes[number] = code
                 if code not in (0, 3):
                     deadline = min(deadline, time.monotonic() + GRACE)
+        if hang_timeout is not None and deadline == float("inf") and time.monotonic() - looked > 0.5:
+            looked, seen = time.monotonic(), beats(folder)
+            if any(time.time() - beat.when > hang_timeout for beat in seen.values()):
+                fewest = min(beat.count for beat in seen.values())
+                return codes, sorted(rank for rank, beat in seen.items() if beat.count == fewest)
         time.sleep(0.02)
-    return codes
+    return codes, []
+
+
+def _show_stacks(
+    ranks: Sequence[subprocess.Popen[bytes]], folder: Path, hung: Sequence[int], hang_timeout: float | None
+) -> None:
+    """Have every rank write down what all its threads do, and print that with the rank's name."""
+    watched = sorted(beats(folder))
+    for rank in watched:
+        ranks[rank].send_signal(signal.SIGUSR1)
+    time.sleep(1.0)  # they answer at once, or not at all
+    for rank in watched:
+        # The main thread comes last, and is the one that says most.
+        lines = (folder / f"stacks-{rank}").read_text(encoding="utf-8").splitlines()
+        threads = "\n".join(lines).split("\n\n")[::-1]
+        shown = "\n".join(threads).splitlines()[:LINES]
+        print(f"rank {rank}:", *(shown or ["no answer"]), sep="\n  ", file=sys.stderr)
+    names = ("rank " if len(hung) == 1 else "ranks ") + ", ".join(map(str, hung))
+    print(
+        f"castalia: {names} of {len(ranks)} stood still first; nothing moved for {hang_timeout:g} s "
+        "(performance.hang_timeout), and the job was ended",
+        file=sys.stderr,
+    )
 
 
 def _first_failure(folder: Path, failed: dict[int, int]) -> tuple[int, str | None]:

@@ -53,6 +53,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             _evaluate_if_due(run)  # a signal or a kill may have come between saving and validating
         started, skipped = time.perf_counter(), 0
         for micro_batches in batches:
+            run.beat()
             spec = run.loader.plan.at(run.step)
             lr = learning_rate(run.updates, cfg.optimizer.lr, cfg.schedule, steps)
 
@@ -74,6 +75,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
             run.record_step(stats, lr, grad_norm, time.perf_counter() - started)
+            run.beat()
 
             # Once in a while.
             last = run.step == steps
@@ -83,6 +85,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             saved = bool(stop) or last or leave or saves(run.step, cfg.checkpoint)
             if saved:
                 run.save(required=bool(stop) or last or leave)
+                run.beat()
             if not stop:
                 _evaluate_if_due(run)
                 for callback in callbacks:

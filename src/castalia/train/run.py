@@ -30,6 +30,7 @@ from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
 from castalia.model.soft_prompt import prompt_from_tokens
+from castalia.parallel.heartbeat import heartbeat
 from castalia.parallel.layout import layout_of
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.world import joined, peak_memory
@@ -136,6 +137,8 @@ class Run:
                 opened.enter_context(made_folder(self.directory))
                 opened.enter_context(RunLock(self.directory))
             opened.enter_context(joined(self.world))
+            timeout = self.config.performance.hang_timeout
+            self.beat = opened.enter_context(heartbeat(self.world.rank, self.world.size, timeout))
             self.mesh = Mesh(layout_of(self.config.parallel, self.world.size), self.world)
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
