@@ -16,7 +16,7 @@ from castalia.tools.plots import COLOURS
 
 # Eight hues that keep apart for the common forms of colour blindness (after Okabe & Ito 2008),
 # darkened for white paper and lightened for the dark.
-_LIGHT = ("#2563c9", "#d9660a", "#0f8a5f", "#b0307e", "#7a5bd0", "#8a6d00", "#0a8ea8", "#5c6470")
+LIGHT = ("#2563c9", "#d9660a", "#0f8a5f", "#b0307e", "#7a5bd0", "#8a6d00", "#0a8ea8", "#5c6470")
 _DARK = ("#7fb0ff", "#ffa45c", "#4fd1a0", "#f08bc6", "#b9a2ff", "#e0c35a", "#5ccfe6", "#aab3c0")
 
 
@@ -27,7 +27,7 @@ def _palette(colours: tuple[str, ...]) -> str:
 _STYLE = (
     (
         ":root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2027;--soft:#5d6875;"
-        f"--line:#e1e5ea;--grid:#eceff3;--mark:#eef3fb;{_palette(_LIGHT)}}}"
+        f"--line:#e1e5ea;--grid:#eceff3;--mark:#eef3fb;{_palette(LIGHT)}}}"
         "@media (prefers-color-scheme:dark){:root{"
         "--paper:#12151a;--card:#1a1e25;--ink:#e6e9ee;--soft:#98a3b1;"
         f"--line:#2c323b;--grid:#262b33;--mark:#212a38;{_palette(_DARK)}}}}}"

@@ -190,10 +190,39 @@ def chart(
     Returns:
         HTML, or an empty string if no point can be drawn.
     """
+    found = drawing(series, x_label, log_y, zero, width)
+    if found is None:
+        return ""
+    parts, data = found
+    shown = {entry["label"] for entry in data["series"]}
+    heading = html.escape(title)
+    unit = f' <span class="unit">{html.escape(y_label)}</span>' if y_label else ""
+    return "".join(
+        [
+            f'<figure class="chart"><figcaption><h3>{heading}{unit}</h3>',
+            _legend([s for s in series if s.label in shown]),
+            '</figcaption><div class="plot">',
+            f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{heading}">',
+            *parts,
+            '<g class="cursor"></g></svg><div class="readout" hidden></div></div>',
+            f'<script type="application/json">{script_json(data)}</script></figure>',
+        ]
+    )
+
+
+def drawing(
+    series: Sequence[Series], x_label: str, log_y: bool, zero: bool, width: int, height: int = HEIGHT
+) -> tuple[list[str], dict[str, Any]] | None:
+    """Axes and curves as SVG elements, and the numbers behind them for the read-out; None if no point can be drawn.
+
+    Args:
+        series, x_label, log_y, zero, width: as for `chart`.
+        height: of the drawing in pixels.
+    """
     drawn = [(s, _segments(s, log_y, max(width // 3, 60))) for s in series]
     drawn = [(s, segments) for s, segments in drawn if segments]
     if not drawn:
-        return ""
+        return None
     xs = [x for _, segments in drawn for seg_x, _ in segments for x in (seg_x[0], seg_x[-1])]
     ys = [y for _, segments in drawn for _, seg_y in segments for y in seg_y]
     x_low, x_high = min(xs), max(xs)
@@ -203,7 +232,7 @@ def chart(
         x_low = 0.0  # the run began at 0, if its first record did not
     y_low, y_high = _y_range(ys, log_y, zero)
     left, right = MARGIN["left"], width - MARGIN["right"]
-    top, bottom = MARGIN["top"], HEIGHT - MARGIN["bottom"]
+    top, bottom = MARGIN["top"], height - MARGIN["bottom"]
     to_x = _scale(x_low, x_high, left, right, False)
     to_y = _scale(y_low, y_high, bottom, top, log_y)
 
@@ -219,7 +248,7 @@ def chart(
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{bottom}" y2="{bottom + 4}"/>')
         parts.append(f'<text class="tick" x="{x}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
     parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    name = f'<text class="label" x="{(left + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+    name = f'<text class="label" x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">'
     parts.append(f"{name}{html.escape(x_label)}</text>")
     for s, segments in drawn:
         parts.append(_curve(s, segments, to_x, to_y))
@@ -239,19 +268,7 @@ def chart(
             for s, segments in drawn
         ],
     }
-    heading = html.escape(title)
-    unit = f' <span class="unit">{html.escape(y_label)}</span>' if y_label else ""
-    return "".join(
-        [
-            f'<figure class="chart"><figcaption><h3>{heading}{unit}</h3>',
-            _legend([s for s, _ in drawn]),
-            '</figcaption><div class="plot">',
-            f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{heading}">',
-            *parts,
-            '<g class="cursor"></g></svg><div class="readout" hidden></div></div>',
-            f'<script type="application/json">{script_json(data)}</script></figure>',
-        ]
-    )
+    return parts, data
 
 
 def script_json(data: Any) -> str:
