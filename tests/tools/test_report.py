@@ -200,6 +200,12 @@ def test_refusals(tmp_path: Path) -> None:
     (run / "comparison.json").write_text("{")
     with pytest.raises(UserError, match="comparison.json is not JSON"):
         write_report([run], output)
+    (run / "comparison.json").unlink()
+    for name, value, what in (("environment", "[]", "an object"), ("samples", '["text"]', "a list of objects")):
+        (run / f"{name}.json").write_text(value)
+        with pytest.raises(UserError, match=f"{name}.json does not hold {what}"):
+            write_report([run], output)
+        (run / f"{name}.json").unlink()
     assert not output.exists()
 
 

@@ -111,20 +111,24 @@ def read_run(path: Path) -> Run:
     _read_config(run)
     # Lines with an end, less those that are records; what has no end yet is still being written.
     run.unreadable = metrics.read_bytes().count(b"\n") - len(records)
-    run.environment = _read_json(path / "environment.json") or {}
-    run.comparison = _read_json(path / "comparison.json")
-    run.samples = _read_json(path / "samples.json") or []
+    run.environment = _read_json(path / "environment.json", dict) or {}
+    run.comparison = _read_json(path / "comparison.json", dict)
+    run.samples = _read_json(path / "samples.json", list) or []
     return run
 
 
-def _read_json(path: Path) -> Any:
-    """A JSON file, None where it does not exist."""
+def _read_json(path: Path, kind: type[Any]) -> Any:
+    """A JSON file that holds an object (dict) or a list of objects, None where it does not exist."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): remove or restore it") from None
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
+        what = "a list of objects" if kind is list else "an object"
+        raise UserError(f"{path} does not hold {what}, which Castalia wrote: remove or restore it")
+    return value
 
 
 def _read_config(run: Run) -> None:
