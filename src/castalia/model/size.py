@@ -2,10 +2,12 @@
 
 Nothing is built and torch is not imported, so a plan for 100B parameters is instant. The
 table of shapes below is the one source for counts; a test holds it against the built model.
+Layers that are alike are written down once and counted, so that their number costs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 
@@ -23,10 +25,60 @@ NORM_PARAMETERS: dict[str, tuple[str, ...]] = {
 LOOKED_UP = ("position_embedding.weight", "relative_bias.weight", "soft_prompt.weight")
 
 
-def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+Kind = tuple[str, bool]
+"""What a layer's shapes depend on: its kind of attention, and whether it has experts."""
+
+
+def parameter_shapes(model: ModelConfig, vocab_size: int) -> Shapes:
     """Shape of every parameter by canonical name (docs/contracts.md, section 4.1)."""
-    h, n = model.hidden_size, model.num_attention_heads
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, h)}
+    shapes: Shapes = {}
+    for times, names, part in _parts(model, vocab_size):
+        for i in times:
+            shapes |= {f"{names.format(i)}{name}": shape for name, shape in part.items()}
+    return shapes
+
+
+def _parts(model: ModelConfig, vocab_size: int) -> list[tuple[Sequence[int], str, Shapes]]:
+    """The model in parts that are alike: their numbers, what their names begin with, and the shapes of one."""
+    of_kind: dict[Kind, list[int]] = {}
+    for layer, kind in sorted(dict(zip(model.layer_order, model.attention_kinds, strict=True)).items()):
+        of_kind.setdefault((kind, model.has_experts(layer)), []).append(layer)
+    blocks = {kind: _block_shapes(model, *kind) for kind in of_kind}
+    last = next(kind for kind, layers in of_kind.items() if layers[-1] == max(model.layer_order))
+    parts: list[tuple[Sequence[int], str, Shapes]] = [((0,), "", _ends(model, vocab_size))]
+    parts += [(layers, "layers.{}.", blocks[kind]) for kind, layers in of_kind.items()]
+    if model.mtp_depth:
+        h = model.hidden_size
+        ahead = {f"block.{name}": shape for name, shape in blocks[last].items()}
+        for norm in ("hidden_norm", "embedding_norm", "norm"):
+            ahead |= _norm(model, norm, h)
+        parts.append((range(model.mtp_depth), "mtp.{}.", ahead | _linear("join", h, 2 * h, False)))
+    return parts
+
+
+def _ends(model: ModelConfig, vocab_size: int) -> Shapes:
+    """What stands before and after the layers."""
+    h = model.hidden_size
+    shapes: Shapes = {"embedding.weight": (vocab_size, h)}
+    if model.position == "learned":
+        if model.max_position_embeddings is None:
+            raise UserError("model.max_position_embeddings is not set: learned positions need the size of their table")
+        shapes["position_embedding.weight"] = (model.max_position_embeddings, h)
+    if model.position == "rpe":
+        shapes["relative_bias.weight"] = (model.rpe_num_buckets, model.num_attention_heads)
+    if model.soft_prompt_tokens:
+        shapes["soft_prompt.weight"] = (model.soft_prompt_tokens, h)
+    shapes |= _norm(model, "final_norm", h)
+    if not model.tie_embeddings:
+        shapes |= _linear("head", vocab_size, h, model.head_bias)
+    return shapes
+
+
+def _block_shapes(model: ModelConfig, kind: str, experts: bool) -> Shapes:
+    """Those of a layer of a kind, by their names within it."""
+    h, d, f, n, k = model.hidden_size, model.head_size, model.mlp_size, model.num_attention_heads, model.kv_heads
+    shapes: Shapes = {}
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:
         shapes.update(_linear(name, rows, columns, bias))
@@ -34,40 +86,6 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int
     def norm(name: str, size: int = h) -> None:
         shapes.update(_norm(model, name, size))
 
-    if model.position == "learned":
-        if model.max_position_embeddings is None:
-            raise UserError("model.max_position_embeddings is not set: learned positions need the size of their table")
-        shapes["position_embedding.weight"] = (model.max_position_embeddings, h)
-    if model.position == "rpe":
-        shapes["relative_bias.weight"] = (model.rpe_num_buckets, n)
-    if model.soft_prompt_tokens:
-        shapes["soft_prompt.weight"] = (model.soft_prompt_tokens, h)
-    layers = model.num_unique_layers or model.num_layers
-    for i in range(layers):
-        shapes |= _block_shapes(model, f"layers.{i}", i)
-    norm("final_norm")
-    if not model.tie_embeddings:
-        linear("head", vocab_size, h, model.head_bias)
-    for i in range(model.mtp_depth):
-        for part in ("hidden_norm", "embedding_norm", "norm"):
-            norm(f"mtp.{i}.{part}")
-        linear(f"mtp.{i}.join", h, 2 * h, False)
-        shapes |= _block_shapes(model, f"mtp.{i}.block", layers - 1)
-    return shapes
-
-
-def _block_shapes(model: ModelConfig, prefix: str, index: int) -> dict[str, tuple[int, ...]]:
-    """Those of the layer `index`, under a prefix."""
-    h, d, f, n, k = model.hidden_size, model.head_size, model.mlp_size, model.num_attention_heads, model.kv_heads
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        shapes.update(_linear(f"{prefix}.{name}", rows, columns, bias))
-
-    def norm(name: str, size: int = h) -> None:
-        shapes.update(_norm(model, f"{prefix}.{name}", size))
-
-    kind = model.attention_kinds[model.layer_order.index(index)]
     if kind in GATED_MLPS:
         if model.max_position_embeddings is None:
             raise UserError("model.max_position_embeddings is not set: gmlp layers need the size of their weights")
@@ -94,7 +112,7 @@ def _block_shapes(model: ModelConfig, prefix: str, index: int) -> dict[str, tupl
     parts = {"gate": (f, h), "up": (f, h), "down": (h, f)}
     if not model.gated:
         del parts["gate"]
-    if not model.has_experts(index):
+    if not experts:
         for part, (rows, columns) in parts.items():
             linear(f"mlp.{part}", rows, columns, model.mlp_bias)
         return shapes
@@ -102,19 +120,19 @@ def _block_shapes(model: ModelConfig, prefix: str, index: int) -> dict[str, tupl
     linear("mlp.router", E, h, model.moe_bias_rate > 0)
     for part in parts:
         rows, columns = (h, model.expert_size) if part == "down" else (model.expert_size, h)
-        shapes[f"{prefix}.mlp.experts.{part}.weight"] = (E, rows, columns)
+        shapes[f"mlp.experts.{part}.weight"] = (E, rows, columns)
         if wide:
             rows, columns = (h, wide) if part == "down" else (wide, h)
             linear(f"mlp.shared.{part}", rows, columns, False)
     return shapes
 
 
-def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (rows, columns)}
     return shapes | {f"{name}.bias": (rows,)} if bias else shapes
 
 
-def _norm(model: ModelConfig, name: str, size: int) -> dict[str, tuple[int, ...]]:
+def _norm(model: ModelConfig, name: str, size: int) -> Shapes:
     shape = (1,) if model.norm == "scalenorm" else (size,)
     return {f"{name}.{kind}": shape for kind in NORM_PARAMETERS.get(model.norm, ("weight",))}
 
@@ -165,18 +183,30 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
         raise UserError("model.vocab_size is not set and there is no tokenizer to take it from: give model.vocab_size")
     if model.max_position_embeddings is None:
         model = model.model_copy(update={"max_position_embeddings": config.max_positions})
-    shapes = parameter_shapes(model, vocab)
-    total = sum(map(prod, shapes.values()))
-    met = {name: _met(model, name, shape) for name, shape in shapes.items()}
+    parts = _parts(model, vocab)
+
+    def count(of: Callable[[str, tuple[int, ...]], int]) -> int:
+        return sum(len(times) * of(name, shape) for times, _, part in parts for name, shape in part.items())
+
     ends = ("embedding.weight", "head.weight", "head.bias", *LOOKED_UP)
-    inner = total - sum(prod(shapes[name]) for name in ends if name in shapes)
-    layers = sum(count for name, count in met.items() if name.startswith("layers."))
-    active = sum(met.values())
+    total = count(lambda name, shape: prod(shape))
+    inner = count(lambda name, shape: 0 if name in ends else prod(shape))
+    active = count(lambda name, shape: _met(model, name, shape))
+    layers = sum(
+        len(times) * _met(model, name, shape)
+        for times, names, part in parts
+        if names.startswith("layers.")
+        for name, shape in part.items()
+    )
     repeats = model.num_layers // (model.num_unique_layers or model.num_layers)
     only_read = LOOKED_UP if model.tie_embeddings else ("embedding.weight", *LOOKED_UP)
-    low = [n for n, s in shapes.items() if len(s) > 1 and n not in only_read and not n.endswith("router.weight")]
-    trained = sum(prod(s) for name, s in shapes.items() if not name.endswith("router.bias"))
-    trained = prod(shapes["soft_prompt.weight"]) if model.soft_prompt_tokens else trained
+    low = count(
+        lambda name, shape: (
+            prod(shape) if len(shape) > 1 and name not in only_read and not name.endswith("router.weight") else 0
+        )
+    )
+    trained = count(lambda name, shape: 0 if name.endswith("router.bias") else prod(shape))
+    trained = model.soft_prompt_tokens * model.hidden_size or trained
     return ModelSize(
         total_parameters=total,
         active_parameters=active,
@@ -187,7 +217,7 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
         weight_bytes=4 * total,
         gradient_bytes=4 * trained,
         optimizer_bytes=8 * trained,
-        working_bytes=2 * sum(prod(shapes[n]) for n in low) if config.training.precision == "bf16" else 0,
+        working_bytes=2 * low if config.training.precision == "bf16" else 0,
     )
 
 
