@@ -233,6 +233,12 @@ def test_losses_of_experts_need_experts():
         Config(model=ModelConfig(), loss=LossConfig(moe_balance=0.1))
 
 
+def test_the_loss_of_further_tokens_needs_modules_that_predict_them():
+    with pytest.raises(ValueError, match=r"loss\.mtp weighs what model\.mtp_depth predicts"):
+        Config(model=ModelConfig(), loss=LossConfig(mtp=0.1))
+    assert Config(model=ModelConfig(mtp_depth=1), loss=LossConfig(mtp=0.1)).loss.mtp == 0.1
+
+
 def test_a_plan_counts_what_a_token_meets():
     """Of four experts' weights, two for each token; FLOPs follow those."""
     dense, sparse = (

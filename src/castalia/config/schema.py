@@ -433,6 +433,8 @@ class Config(Section):
         for name in ("moe_balance", "moe_z_loss"):
             if getattr(self.loss, name) and not self.model.moe_num_experts:
                 raise ValueError(f"loss.{name} needs experts: give model.moe_num_experts, or leave it out")
+        if self.loss.mtp != LossConfig.model_fields["mtp"].default and not self.model.mtp_depth:
+            raise ValueError("loss.mtp weighs what model.mtp_depth predicts: give model.mtp_depth, or leave it out")
         self._addressable()
         if self.schedule.type == "wsd" and self.schedule.arithmetic != "native":
             raise ValueError("schedule.type wsd is not one of GPT-NeoX's: it needs schedule.arithmetic native")
