@@ -1,5 +1,6 @@
 """`castalia train --procs` on this machine: the same run, and the end of a job whose rank fails."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from castalia.cli import main
+from castalia.parallel.heartbeat import FAILURES, Watch, heartbeat
 from castalia.parallel.launch import supervise
 from castalia.tools.certify import write_small_run
 
@@ -113,9 +115,50 @@ train(sys.argv[1], "output=" + sys.argv[2], "performance.hang_timeout=4", callba
 def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_all(small_run, tmp_path, capfd):
     assert supervise([sys.executable, "-c", HANGS, str(small_run), str(tmp_path / "run")], 2, 4.0) == 1
     said = capfd.readouterr().err
-    assert "rank 1 of 2 stood still first" in said and "\nrank 1:" in said and "rank 0:" in said
+    assert "of 2 ranks, rank 1 stood still first, while in a callback" in said
+    assert "\nrank 1:" in said and "rank 0:" in said
     assert "stand_still" in said and "train_loop" in said
     assert said.index("stand_still") > said.index("rank 1:")
+
+
+STAYS_AWAY = """
+import os, sys, threading
+from datetime import timedelta
+from castalia.parallel.heartbeat import heartbeat
+from castalia.parallel.launch import noted_failure
+rank = int(os.environ["RANK"])
+with noted_failure():
+    if rank == 1:
+        def wait_for_something():
+            threading.Event().wait()
+        wait_for_something()
+    with heartbeat(rank, 2, 1.0):
+        threading.Event().wait()
+"""
+
+
+def test_a_rank_that_never_comes_is_named(capfd):
+    assert supervise([sys.executable, "-c", STAYS_AWAY], 2, 1.0) == 1
+    said = capfd.readouterr().err
+    assert "of 2 ranks, rank 1 never came to where the ranks meet" in said and "nothing moved for 1 s" in said
+    assert "wait_for_something" in said
+
+
+def test_standing_still_is_judged_by_the_watchers_own_clock(tmp_path, monkeypatch):
+    monkeypatch.setenv(FAILURES, str(tmp_path))
+    watch = Watch(tmp_path, 10.0)
+    with heartbeat(0, 2, 10.0) as slow, heartbeat(1, 2, 10.0) as quick:
+        assert watch.still(0.0, {0, 1}) is None
+        quick("saving a checkpoint")
+        os.utime(tmp_path / "beat-0", (0, 0))  # the wall clock jumped
+        assert watch.still(9.0, {0, 1}) is None
+        assert watch.still(10.5, {0, 1}) == "rank 0 stood still first, while meeting the other ranks"
+        slow("evaluating")
+        slow("evaluating")
+        assert watch.still(11.0, {0, 1}) is None
+        assert watch.still(19.5, {0, 1}) == "rank 1 stood still first, while saving a checkpoint"
+    assert watch.still(99.0, set()) is None  # whoever has left is not waited for
+    faulthandler.unregister(signal.SIGUSR1)
 
 
 def test_a_rank_without_a_supervisor_ends_itself(capfd):

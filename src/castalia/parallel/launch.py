@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from castalia.errors import UserError
-from castalia.parallel.heartbeat import FAILURES, beats
+from castalia.parallel.heartbeat import FAILURES, Watch, answer_with_stacks
 
 GRACE = 3.0  # seconds that the others have to fail by themselves, and so to say why, after one has failed
 LINES = 24  # of each rank's stacks that are shown
@@ -34,7 +34,8 @@ def supervise(command: Sequence[str], processes: int, hang_timeout: float | None
     Args:
         command: the same for each rank; it finds its own in the environment.
         processes: how many.
-        hang_timeout: seconds without a sign of life (heartbeat.py) after which the job is ended; None: never.
+        hang_timeout: seconds without a sign of life of a rank that has given one (heartbeat.py) after which the
+            job is ended; None: never.
 
     Returns:
         The job's exit code: that of the rank that failed first; 0 if none did. A rank that was killed
@@ -63,7 +64,7 @@ def supervise(command: Sequence[str], processes: int, hang_timeout: float | None
         try:
             with _passed_on(ranks):
                 codes, hung = _wait(ranks, Path(folder), hang_timeout)
-            if hung:
+            if hung is not None:
                 _show_stacks(ranks, Path(folder), hung, hang_timeout)
                 return 1
         finally:
@@ -81,13 +82,14 @@ def supervise(command: Sequence[str], processes: int, hang_timeout: float | None
 
 def _wait(
     ranks: Sequence[subprocess.Popen[bytes]], folder: Path, hang_timeout: float | None
-) -> tuple[dict[int, int], list[int]]:
+) -> tuple[dict[int, int], str | None]:
     """Wait for all, and when one fails or stands still only for so long.
 
     Returns:
-        Exit codes of the ranks that ended by themselves, in order; the ranks that stood still first, if any did.
+        Exit codes of the ranks that ended by themselves, in order; who stood still, if anybody did.
     """
     looked = time.monotonic()
+    watch = None if hang_timeout is None else Watch(folder, hang_timeout)
     codes: dict[int, int] = {}
     deadline = float("inf")
     while len(codes) < len(ranks) and time.monotonic() < deadline:
@@ -97,33 +99,30 @@ def _wait(
                 codes[number] = code
                 if code not in (0, 3):
                     deadline = min(deadline, time.monotonic() + GRACE)
-        if hang_timeout is not None and deadline == float("inf") and time.monotonic() - looked > 0.5:
-            looked, seen = time.monotonic(), beats(folder)
-            if any(time.time() - beat.when > hang_timeout for beat in seen.values()):
-                fewest = min(beat.count for beat in seen.values())
-                return codes, sorted(rank for rank, beat in seen.items() if beat.count == fewest)
+        if watch is not None and deadline == float("inf") and time.monotonic() - looked > 0.5:
+            looked = time.monotonic()
+            hung = watch.still(looked, set(range(len(ranks))) - codes.keys())
+            if hung is not None:
+                return codes, hung
         time.sleep(0.02)
-    return codes, []
+    return codes, None
 
 
-def _show_stacks(
-    ranks: Sequence[subprocess.Popen[bytes]], folder: Path, hung: Sequence[int], hang_timeout: float | None
-) -> None:
+def _show_stacks(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, hung: str, hang_timeout: float | None) -> None:
     """Have every rank write down what all its threads do, and print that with the rank's name."""
-    watched = sorted(beats(folder))
-    for rank in watched:
+    answering = [(rank, folder / f"stacks-{rank}") for rank in range(len(ranks))]
+    answering = [(rank, path) for rank, path in answering if path.exists() and ranks[rank].poll() is None]
+    for rank, _ in answering:
         ranks[rank].send_signal(signal.SIGUSR1)
     time.sleep(1.0)  # they answer at once, or not at all
-    for rank in watched:
+    for rank, path in answering:
         # The main thread comes last, and is the one that says most.
-        lines = (folder / f"stacks-{rank}").read_text(encoding="utf-8").splitlines()
-        threads = "\n".join(lines).split("\n\n")[::-1]
-        shown = "\n".join(threads).splitlines()[:LINES]
+        threads = path.read_text(encoding="utf-8").strip().split("\n\n")[::-1]
+        shown = [line for line in "\n".join(threads).splitlines() if line][:LINES]
         print(f"rank {rank}:", *(shown or ["no answer"]), sep="\n  ", file=sys.stderr)
-    names = ("rank " if len(hung) == 1 else "ranks ") + ", ".join(map(str, hung))
     print(
-        f"castalia: {names} of {len(ranks)} stood still first; nothing moved for {hang_timeout:g} s "
-        "(performance.hang_timeout), and the job was ended",
+        f"castalia: of {len(ranks)} ranks, {hung}; nothing moved for {hang_timeout:g} s, and the job was ended: "
+        "if that may take longer, raise performance.hang_timeout",
         file=sys.stderr,
     )
 
@@ -147,11 +146,13 @@ def _first_failure(folder: Path, failed: dict[int, int]) -> tuple[int, str | Non
 
 @contextmanager
 def noted_failure() -> Iterator[None]:
-    """In a rank: note a failure for the supervisor, if there is one."""
+    """In a rank: note a failure for the supervisor, if there is one, and show it the stacks when it asks."""
+    folder = os.environ.get(FAILURES)
+    if folder:
+        answer_with_stacks(Path(folder), int(os.environ.get("RANK", "0")))
     try:
         yield
     except BaseException as error:
-        folder = os.environ.get(FAILURES)
         if folder:
             text = str(error) if isinstance(error, UserError) else f"\n{traceback.format_exc()}"
             note = {"when": time.time(), "text": text}

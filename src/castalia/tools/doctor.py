@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 
 from castalia.config import Config
 from castalia.config.load import check_values
+from castalia.parallel.heartbeat import heartbeat
 from castalia.parallel.world import World, enter_world, joined, local_devices
 
 _MODELS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,8 @@ _MODELS: dict[str, dict[str, Any]] = {
     "block-sparse": {"attention": "sparse_fixed"},
     "experts": {"moe_num_experts": 4, "moe_top_k": 2},
 }
+_PATIENCE = 300.0
+"""Seconds that one check of several processes may take; then the job counts as standing still."""
 _LAYOUTS = ("dp", "zero3", "tensor", "pipeline", "context")
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Relative error of hidden states; in fp32 TF32 would show, in bf16 a wrong mask would."""
@@ -157,7 +161,7 @@ def _together(processes: int, device: str | None) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(prefix="castalia-doctor-") as folder:
         findings, began = Path(folder, "findings"), time.monotonic()
         command = [sys.executable, "-m", "castalia.tools.doctor", str(findings), device or ""]
-        code = supervise(command, processes)
+        code = supervise(command, processes, _PATIENCE)
         seen = json.loads(findings.read_text(encoding="utf-8")) if findings.exists() else []
         yield from (Finding(**one) for one in seen)
         if code or not seen:
@@ -169,22 +173,27 @@ def _rank(findings: Path, device: str | None) -> None:
     """What each process of that job does."""
     from datetime import timedelta
 
-    world = enter_world(device)
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     seen: list[Finding] = []
 
     def note(*more: Finding) -> None:
         seen.extend(more)
-        if world.rank == 0:
+        if rank == 0:
             findings.with_suffix(".partial").write_text(json.dumps([asdict(f) for f in seen]), encoding="utf-8")
             os.replace(findings.with_suffix(".partial"), findings)
 
-    with joined(world, timedelta(minutes=2)):
+    with ExitStack() as opened:
+        beat = opened.enter_context(heartbeat(rank, size, _PATIENCE))
+        world = enter_world(device)
+        opened.enter_context(joined(world, timedelta(minutes=2)))
+        beat("checking collective operations")
         from castalia.parallel.check import collective_faults
 
         for name, faults in collective_faults(world).items():
             detail = "; ".join(faults) or "right in fp32, bf16, int64"
             note(Finding(f"{name}, {world.size} processes", not faults, detail, 0.0))
         for layout in _LAYOUTS:
+            beat(f"training under layout {layout}")
             began = time.monotonic()
             good, detail = _layout(layout, world)  # a failure here leaves the ranks apart, and so ends the job
             name = f"layout {layout}, {world.size} processes"

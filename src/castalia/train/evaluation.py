@@ -39,7 +39,7 @@ def evaluate(run: Run, split: str) -> Record | None:
     def batches() -> Iterator[Batch]:
         for micro_batches in loader.stream_specs(samples(run, split).parts(cfg.training.batch_size)):
             for batch in micro_batches:
-                run.beat()
+                run.beat("evaluating")
                 count.add(batch)
                 yield batch
 

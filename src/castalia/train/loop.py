@@ -84,11 +84,13 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             # The state first: whoever sent a signal may not wait for a long validation.
             saved = bool(stop) or last or leave or saves(run.step, cfg.checkpoint)
             if saved:
+                run.beat("saving a checkpoint")
                 run.save(required=bool(stop) or last or leave)
-                run.beat()
             if not stop:
+                run.beat("evaluating")
                 _evaluate_if_due(run)
                 for callback in callbacks:
+                    run.beat("in a callback")
                     callback(run)
             if stop and not saved:
                 run.save()
@@ -96,6 +98,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
                 why = f"training.exit_interval {cfg.training.exit_interval}"
                 why = signal.Signals(stop[0]).name if stop else why
                 raise Stopped(f"stopped by {why} after step {run.step}; the same command goes on from there")
+            run.beat("reading the next batch")
             started = time.perf_counter()
         if cfg.evaluation.test_at_end and not run.tested:
             run.evaluate("test")

@@ -136,9 +136,10 @@ class Run:
             if self.first:
                 opened.enter_context(made_folder(self.directory))
                 opened.enter_context(RunLock(self.directory))
-            opened.enter_context(joined(self.world))
             timeout = self.config.performance.hang_timeout
             self.beat = opened.enter_context(heartbeat(self.world.rank, self.world.size, timeout))
+            opened.enter_context(joined(self.world))
+            self.beat("assembling the run")
             self.mesh = Mesh(layout_of(self.config.parallel, self.world.size), self.world)
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
