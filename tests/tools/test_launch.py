@@ -1,5 +1,6 @@
 """Starting, copying and stopping on several hosts, by an ssh that stays on this machine."""
 
+import json
 import os
 import stat
 import subprocess
@@ -155,16 +156,31 @@ def test_run_and_sync(cluster, monkeypatch):
         sync_commands(config(), ["nothing"])
 
 
-def test_mpi_writes_the_hosts_as_each_mpi_wants_them(cluster):
+def test_mpi_gets_the_hosts_as_each_mpi_wants_them(cluster):
     hosts = cluster / "out" / "hosts"
-    command = mpi_command(config("launch.launcher=openmpi", "launch.exclude='n1:0'"), ["run.yml"], {}, hosts)
-    assert hosts.read_text() == "n1 slots=1\nn2 slots=2\n"
+    command, text = mpi_command(config("launch.launcher=openmpi", "launch.exclude='n1:0'"), ["run.yml"], {}, hosts)
+    assert text == "n1 slots=1\nn2 slots=2\n"
     assert command.argv[:5] == ["mpirun", "-n", "3", "--hostfile", str(hosts)]
     assert "MASTER_ADDR=n1" in command.argv
-    command = mpi_command(config("launch.launcher=mpich"), ["run.yml"], {"CASTALIA_TEST_X": "1"}, hosts)
-    assert hosts.read_text() == "n1:2\nn2:2\n"
+    command, text = mpi_command(config("launch.launcher=mpich"), ["run.yml"], {"CASTALIA_TEST_X": "1"}, hosts)
+    assert text == "n1:2\nn2:2\n"
     at = command.argv.index("CASTALIA_TEST_X")
     assert command.argv[at - 1 : at + 2] == ["-genv", "CASTALIA_TEST_X", "1"]
+
+
+def test_mpi_is_started_with_the_hosts_written_and_a_dry_run_writes_nothing(cluster, capsys):
+    program(cluster / "bin" / "mpirun", '#!/bin/sh\ncat "$4"\n')
+    verb = ["launch", "mpi", "run.yml", "launch.launcher=openmpi"]
+    before = sorted(cluster.rglob("*"))
+    assert main([*verb, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "n1 slots=2\nn2 slots=2\nEND\nmpirun -n 4" in said
+    assert main([*verb, "--dry-run", "--json"]) == 0
+    file, command = json.loads(capsys.readouterr().out)
+    assert file["text"] == "n1 slots=2\nn2 slots=2\n" and file["file"] in command["argv"]
+    assert sorted(cluster.rglob("*")) == before
+    assert main(verb) == 0
+    assert "openmpi: n2 slots=2" in capsys.readouterr().err
 
 
 def test_sbatch(cluster):

@@ -75,21 +75,28 @@ def _start(args: argparse.Namespace, config: Any, passed: Sequence[str]) -> int:
     known = ("openmpi", "mpich", "mvapich", "impi") if by_mpi else ("ssh", "pdsh")
     if config.launch.launcher not in known:
         raise UserError(f"launch.launcher is {config.launch.launcher}: `launch {args.what}` takes {', '.join(known)}")
+    hostfile, hosts = Path(config.run_dir, "launch", "hosts"), ""
     if by_mpi:
-        hostfile = Path(config.run_dir, "launch", "hosts")
-        commands = [launch.mpi_command(config, passed, os.environ, hostfile)]
+        command, hosts = launch.mpi_command(config, passed, os.environ, hostfile)
+        commands = [command]
     else:
         commands = launch.host_commands(config, passed, os.environ)
     if args.dry_run:
         if args.json:
-            print(json.dumps([vars(command) for command in commands]))
+            written = [{"file": str(hostfile), "text": hosts}] if by_mpi else []
+            print(json.dumps([*written, *map(vars, commands)]))
         else:
             import shlex
 
+            if by_mpi:
+                print(f"cat > {shlex.quote(str(hostfile))} <<'END'\n{hosts}END")
             for command in commands:
                 print(shlex.join(command.argv) + (f" <<'END'\n{command.script}\nEND" if command.script else ""))
         return 0
-    if not by_mpi and config.launch.ssh_check:
+    if by_mpi:
+        hostfile.parent.mkdir(parents=True, exist_ok=True)
+        hostfile.write_text(hosts, encoding="utf-8")
+    elif config.launch.ssh_check:
         launch.check_ssh(config)
 
     def stop() -> None:

@@ -203,30 +203,30 @@ def stop_commands(config: Config, grace: int = GRACE) -> list[Command]:
     ]
 
 
-def mpi_command(config: Config, arguments: Sequence[str], environment: Mapping[str, str], hostfile: Path) -> Command:
-    """One mpirun for all processes.
+def mpi_command(
+    config: Config, arguments: Sequence[str], environment: Mapping[str, str], hostfile: Path
+) -> tuple[Command, str]:
+    """One mpirun for all processes, and what `hostfile` must say: the hosts that the filters leave.
 
-    Open MPI takes `HOST slots=N`; MPICH, MVAPICH and Intel MPI (Hydra) take `HOST:N`. The hosts that
-    the filters leave are written to `hostfile`.
+    Open MPI takes `HOST slots=N`; MPICH, MVAPICH and Intel MPI (Hydra) take `HOST:N`. Nothing is written here.
 
     Raises:
         UserError: see `find_hosts`.
     """
     hosts, launch = find_hosts(config), config.launch
-    total = sum(map(len, hosts.values()))
+    total = str(sum(map(len, hosts.values())))
     variables = passed_variables(config, environment)
     variables |= {"MASTER_ADDR": launch.master_addr or next(iter(hosts)), "MASTER_PORT": str(launch.master_port)}
-    hostfile.parent.mkdir(parents=True, exist_ok=True)
     if launch.launcher == "openmpi":
-        hostfile.write_text("".join(f"{host} slots={len(slots)}\n" for host, slots in hosts.items()))
-        start = ["mpirun", "-n", str(total), "--hostfile", str(hostfile)]
+        form, start = "{} slots={}\n", ["mpirun", "-n", total, "--hostfile", str(hostfile)]
         given = [word for name, value in sorted(variables.items()) for word in ("-x", f"{name}={value}")]
     else:
-        hostfile.write_text("".join(f"{host}:{len(slots)}\n" for host, slots in hosts.items()))
-        start = ["mpirun" if launch.launcher == "impi" else "mpiexec", "-n", str(total), "-f", str(hostfile)]
+        program = "mpirun" if launch.launcher == "impi" else "mpiexec"
+        form, start = "{}:{}\n", [program, "-n", total, "-f", str(hostfile)]
         given = [word for name, value in sorted(variables.items()) for word in ("-genv", name, value)]
+    text = "".join(form.format(host, len(slots)) for host, slots in hosts.items())
     extra = shlex.split(launch.launcher_args)
-    return Command(launch.launcher, [*start, *extra, *given, *train_command(config, arguments)])
+    return Command(launch.launcher, [*start, *extra, *given, *train_command(config, arguments)]), text
 
 
 def srun_command(config: Config, arguments: Sequence[str]) -> Command:
