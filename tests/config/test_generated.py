@@ -19,6 +19,7 @@ from castalia.config.gptneox import translate
 from castalia.config.gptneox_keys import KNOWN, REFUSED, REPORTED, TRANSLATED
 from castalia.config.json_schema import NAMES
 from castalia.config.load import Tree, check, check_values
+from castalia.config.section import Section
 from castalia.config.yaml12 import Document
 from castalia.data.order import split_documents
 from castalia.errors import UserError
@@ -84,6 +85,8 @@ def of_type(kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is list:
         return st.lists(of_type(get_args(kind)[0]), max_size=3)
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return st.fixed_dictionaries({}, optional={n: of_type(f.annotation) for n, f in kind.model_fields.items()})
     if get_args(kind):
         return st.one_of([of_type(part) for part in get_args(kind)])
     return {

@@ -4,6 +4,7 @@ import pytest
 
 from castalia.config import load, origins
 from castalia.config.load import from_yaml, known_keys, nearest
+from castalia.config.render import to_yaml
 from castalia.errors import UserError
 
 
@@ -155,3 +156,14 @@ def test_every_key_is_its_own_nearest() -> None:
     assert len(set(keys)) == len(keys)
     assert all(nearest(key, keys) == key for key in keys)
     assert nearest("qqqqqq", keys) is None
+
+
+def test_lists_of_settings_survive_being_written_and_name_unknown_keys(tmp_path):
+    path = tmp_path / "a.yml"
+    path.write_text("optimizer:\n  groups:\n    - {match: 'a: b', lr: 2.0}\n    - match: x\n      weight_decay: 0.0\n")
+    config = load([path])
+    (tmp_path / "b.yml").write_text(to_yaml(config))
+    assert load([tmp_path / "b.yml"]).optimizer == config.optimizer
+    path.write_text("optimizer: {groups: [{match: x, lrr: 1.0}]}\n")
+    with pytest.raises(UserError, match=r"optimizer\.groups\.0: unknown key 'lrr'"):
+        load([path])

@@ -107,6 +107,7 @@ TWINS: dict[str, tuple[str, int, int]] = {
     "13B.yml": ("", 50304, gpt(40, 5120)),
     "175B.yml": ("", 50304, gpt(96, 12288)),
     "bf16_125M.yml": ("", 50304, gpt(12, 768)),
+    "bnb_125M.yml": ("", 50304, gpt(12, 768)),
     "slurm_125M.yml": ("", 50304, gpt(12, 768)),
     "cpu_mock_config.yml": ("125M.yml", 50304, gpt(12, 768)),
     "eleutherai_cluster.yml": ("125M.yml", 50304, gpt(12, 768)),
@@ -150,7 +151,6 @@ TWINS: dict[str, tuple[str, int, int]] = {
 
 # Files that are refused: with which others, the key at fault, and what would have to be there.
 REFUSED: dict[str, tuple[str, str, str]] = {
-    "bnb_125M.yml": ("", "use_bnb_optimizer", "8-bit Adam"),
     "rwkv/170M.yml": ("", "attention_config", "layers of kind rwkv"),
     **{
         f"autotuning_configs/{name}.json": ("", "autotuning", "DeepSpeed's autotuning")

@@ -37,10 +37,17 @@ def flat(config: Config) -> dict[str, Any]:
     for name in Config.model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            out.update({f"{name}.{key}": getattr(value, key) for key in type(value).model_fields})
+            out.update({f"{name}.{key}": _plain(getattr(value, key)) for key in type(value).model_fields})
         else:
             out[name] = value
     return out
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as a file gives it: lists of settings are lists of mappings."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def _extra(info: FieldInfo) -> dict[str, Any]:

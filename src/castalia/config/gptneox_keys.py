@@ -129,6 +129,7 @@ TRANSLATED: dict[str, Translated] = {
     "mup_rp_embedding_mult": _same("number", 1.0),
     # optimizer and schedule
     "optimizer": _same("mapping"),
+    "use_bnb_optimizer": _same("bool", False),
     "weight_decay": Translated("number", 0.1, 0.01),
     "gradient_clipping": Translated("number", 1.0, 0.0),
     "lr_decay_style": _same("text", "linear"),
@@ -194,6 +195,9 @@ TRANSLATED: dict[str, Translated] = {
     "checkpoint_scale": _same("text", "linear"),
     "extra_save_iters": _same("list"),
     "keep_last_n_checkpoints": _same("int"),
+    "checkpoint_validation_with_forward_pass": _same("bool", False),
+    "s3_path": _same("text"),
+    "s3_chunk_size": _same("int", 104857600),
     "char_level_ppl": _same("bool", False),
     "log_interval": _same("int", 100),
     "log_dir": _same("text"),
@@ -267,9 +271,7 @@ _REPORTED = {
     "data is read by background threads: performance.prefetch": "num_workers mmap_warmup",
     "the kind of data set is seen from its files": "data_impl",
     "the order of samples is computed, and not written beside the data": "use_shared_fs",
-    "checkpoints are checked by their SHA-256": "checkpoint_validation_with_forward_pass",
     "randomness depends on the seed and the step alone: there is no state to keep": "no_save_rng no_load_rng",
-    "used only with s3_path": "s3_chunk_size",
     "a resumed run compares its schedule with the checkpoint's": """
         override_lr_scheduler use_checkpoint_lr_scheduler""",
     "generation takes its settings on the command line": """
@@ -286,7 +288,6 @@ _SPECIAL_DATA = [f"{split}_reward_data_paths" for split in _SPLITS] + [
 REFUSED: dict[str, Refused] = {
     "fp16_lm_cross_entropy": Refused("a loss in fp16", (False,)),
     "serve_model_weights": Refused("serving weights to other programs", (False,)),
-    "use_bnb_optimizer": Refused("8-bit Adam", (False,)),
     "coord_check": Refused("the coordinate check in place of training (castalia mup check makes it)", (False,)),
     "save_base_shapes": Refused("base shapes in place of training (castalia mup shapes writes them)", (False,)),
     "scheduler": Refused("DeepSpeed's own scheduler", ({},)),
@@ -300,7 +301,6 @@ REFUSED: dict[str, Refused] = {
     "train_epochs": Refused("a length in epochs instead of train_iters"),
     "dataset_impl": Refused("data sets of pairs or online data", ("gpt2",)),
     "train_impl": Refused("preference training", ("normal",)),
-    "s3_path": Refused("checkpoints on S3"),
 } | {key: Refused("data sets of rewards or pairs", ([],)) for key in _SPECIAL_DATA}
 
 # Why a translated key may become nothing: what a note says of it then.
@@ -329,6 +329,7 @@ IDLE: dict[str, str] = {
         ("wandb_project", "wandb_group", "wandb_team", "wandb_run_name", "wandb_host", "wandb_init_all_ranks"),
         "used only with use_wandb: true",
     ),
+    "s3_chunk_size": "used only with s3_path",
     "use_wandb": "W&B is not used",
     "gpt_j_tied": "used only with gpt_j_residual",
     **dict.fromkeys(

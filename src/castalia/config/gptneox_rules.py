@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.config.gptneox_curriculum import CURRICULUM_RULES
-from castalia.config.gptneox_given import Given, Rule, near
+from castalia.config.gptneox_given import Given, Rule
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
 from castalia.config.gptneox_model import MODEL_RULES, score_scaling
+from castalia.config.gptneox_optimizer import OPTIMIZER_RULES
 from castalia.config.gptneox_parallel import PARALLEL_RULES
 from castalia.config.gptneox_run import RUN_RULES, resuming, saving
 
@@ -41,6 +42,7 @@ RENAMED: dict[str, str] = {
     "eod_mask_loss": "data.mask_loss_at_eod",
     "save": "output",
     "keep_last_n_checkpoints": "checkpoint.keep_last",
+    "checkpoint_validation_with_forward_pass": "checkpoint.validate_forward",
     "log_interval": "logging.interval",
     "log_grad_pct_zeros": "logging.zero_gradients",
     "log_dir": "logging.log_dir",
@@ -55,59 +57,6 @@ REQUIRED: dict[str, str] = {
     "seq_length": "data.seq_length",
     "train_iters": "training.steps",
 }
-
-
-# Optimizer and schedule.
-
-_ADAMS = {"adam": "adamw", "adamw": "adamw", "cpu_adam": "adamw", "cpu_torch_adam": "adamw"}
-_ADAM_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}
-# What FusedAdam takes beside, and the values that describe AdamW.
-_ADAM_HARMLESS: dict[str, Any] = {
-    "bias_correction": True,
-    "adam_w_mode": True,
-    "adamw_mode": True,
-    "amsgrad": False,
-}
-
-
-def optimizer_type(given: Given) -> str:
-    """GPT-NeoX's Adam has decoupled decay, so it is AdamW."""
-    block = given["optimizer"]
-    if block is None:
-        given.remark("optimizer: not given; Adam with its defaults is taken, where GPT-NeoX stops")
-        return "adamw"
-    kind, params = block.get("type"), block.get("params") or {}
-    if not isinstance(kind, str) or not isinstance(params, dict):
-        given.fail("optimizer", "needs a 'type' (a word) and 'params' (a mapping)")
-    unknown = [key for key in block if key not in ("type", "params")]
-    if unknown:
-        given.fail("optimizer", f"has '{unknown[0]}', but it holds only 'type' and 'params'")
-    if kind.lower() not in _ADAMS:
-        given.unsupported("optimizer", f"the optimizer '{kind}'", "use Adam")
-    for key, value in params.items():
-        if key in _ADAM_HARMLESS and value != _ADAM_HARMLESS[key]:
-            given.fail("optimizer", f"has {key} {value}, which is not implemented yet: remove it")
-        if key not in (*_ADAM_DEFAULTS, *_ADAM_HARMLESS, "weight_decay"):
-            given.fail("optimizer", f"has the unknown parameter '{key}' for Adam{near(key, _ADAM_DEFAULTS)}")
-    return "adamw"
-
-
-def _adam(key: str) -> Callable[[Given], Any]:
-    def value(given: Given) -> Any:
-        found = ((given["optimizer"] or {}).get("params") or {}).get(key)
-        return _ADAM_DEFAULTS[key] if found is None else found
-
-    return value
-
-
-def weight_decay(given: Given) -> Any:
-    """The top-level key; GPT-NeoX crashes on one among the optimizer's parameters, here it counts."""
-    inner = ((given["optimizer"] or {}).get("params") or {}).get("weight_decay")
-    if inner is None:
-        return given["weight_decay"]
-    if "weight_decay" in given and given["weight_decay"] != inner:
-        given.fail("weight_decay", f"is {given['weight_decay']}, but optimizer.params says {inner}: keep one")
-    return inner
 
 
 def decay_steps(given: Given) -> int | None:
@@ -294,11 +243,7 @@ _BATCH = (
 
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
-    Rule("optimizer.type", ("optimizer",), optimizer_type),
-    Rule("optimizer.lr", ("optimizer",), _adam("lr")),
-    Rule("optimizer.betas", ("optimizer",), _adam("betas")),
-    Rule("optimizer.eps", ("optimizer",), _adam("eps")),
-    Rule("optimizer.weight_decay", ("weight_decay", "optimizer"), weight_decay),
+    *OPTIMIZER_RULES,
     Rule(
         "schedule.type",
         ("lr_decay_style",),

@@ -30,7 +30,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init"),
         *("xavier_uniform", "xavier_normal", "orthogonal", "scaled_orthogonal"),
     ),
-    "optimizer.type": ("adamw",),
+    "optimizer.type": (
+        *("adamw", "adam", "sgd", "lion", "madgrad", "madgrad_wd", "schedule_free", "adamw_8bit"),
+        *("muon", "soap", "adafactor", "sm3"),
+    ),
 }
 NAMES["model.output_init_method"] = NAMES["model.init_method"]
 

@@ -323,6 +323,8 @@ def _sentence(error: ValidationError, tree: Tree) -> str:
         where = origin or (COMMAND_LINE if COMMAND_LINE in named else named[0] if named else None)
         return f"{where}: {message}" if where else message
     message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key '{parts[-1]}'"
     got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{f'{origin}: ' if origin else ''}{key}: {message}{got}{more}"

@@ -115,6 +115,10 @@ def scalar(value: Any) -> str:
         return _float(value)
     if isinstance(value, list):
         return "[" + ", ".join(scalar(item) for item in value) + "]"
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {scalar(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         return value if _is_plain(value) else _quoted(value)
     return str(value)

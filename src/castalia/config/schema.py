@@ -13,6 +13,7 @@ rest. This module imports no torch: planning and checking a run must be instant.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -202,21 +203,65 @@ class TrainingConfig(Section):
         return self
 
 
+class ParameterGroup(Section):
+    """Parameters with a rate or decay of their own."""
+
+    match: str = setting(..., "regular expression, searched for in the parameter's name")
+    lr: float = setting(1.0, "times the learning rate", ge=0)
+    weight_decay: float | None = setting(None, "in place of the configured or of no decay; null: that", ge=0)
+
+    @model_validator(mode="after")
+    def _compiles(self) -> ParameterGroup:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"optimizer.groups: '{self.match}' is no regular expression ({error})") from None
+        return self
+
+
+# Settings of the optimizer section that only some types have a use for.
+_OF_TYPES = {
+    "betas": {"adamw", "adam", "lion", "schedule_free", "adamw_8bit", "muon", "soap", "sm3"},
+    "eps": {"adamw", "adam", "madgrad", "madgrad_wd", "schedule_free", "adamw_8bit", "muon", "soap", "sm3"},
+    "momentum": {"sgd", "madgrad", "madgrad_wd", "sm3", "muon"},
+    "nesterov": {"sgd", "muon"},
+    "precondition_every": {"soap"},
+}
+_TYPES = set().union(*_OF_TYPES.values(), {"adafactor"})
+
+
 class OptimizerConfig(Section):
     """How gradients change weights."""
 
-    type: str = setting("adamw", "adamw, or a registered name")
+    type: str = setting("adamw", "adamw, or another of docs/optimizers.md, or module:attribute")
     lr: float = setting(1e-3, "peak learning rate", gt=0)
     betas: list[float] = setting([0.9, 0.95], "decay rates of the two moments", min_length=2, max_length=2)
     eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = setting(0.1, "decoupled decay of matrices; norms and biases have none", ge=0)
+    momentum: float = setting(0.9, "sgd, madgrad, sm3, muon: decay rate of the momentum", ge=0, lt=1)
+    nesterov: bool = setting(False, "sgd, muon: look one step of momentum ahead")
+    precondition_every: int = setting(10, "soap: updates between two bases", unit="updates", ge=1)
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    average: float | None = setting(
+        None, "decay of a running mean of the weights, kept beside them and used to evaluate; null: none", gt=0, lt=1
+    )
+    groups: list[ParameterGroup] = setting([], "rates and decays of parameters by name; the last that matches counts")
 
     @model_validator(mode="after")
     def _rates(self) -> OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas {self.betas} must be from 0 on and below 1")
+        for key, types in _OF_TYPES.items():
+            if not self.uses(key) and getattr(self, key) != type(self).model_fields[key].default:
+                takers = ", ".join(sorted(types))
+                raise ValueError(f"optimizer.{key}: '{self.type}' has no use for it (of use to {takers})")
+        if self.average is not None and self.type == "schedule_free":
+            raise ValueError("optimizer.average: schedule_free keeps its own average: remove the setting")
         return self
+
+    def uses(self, key: str) -> bool:
+        """Whether the type of optimizer has a use for a setting; one of the user's own may have for any."""
+        return key not in _OF_TYPES or self.type in _OF_TYPES[key] or self.type not in _TYPES
 
 
 class ScheduleConfig(Section):
@@ -299,9 +344,26 @@ class CheckpointConfig(Section):
     log_factor: float | None = setting(None, "log only: save at int(log_factor**k), k = 0, 1, 2, ...", "cosmetic")
     extra_steps: list[int] = setting([], "further steps at which to save (0: before the first)", "cosmetic", "steps")
     keep_last: int | None = setting(None, "keep only the newest so many; null: all", "cosmetic", ge=1)
+    keep_every: int | None = setting(
+        None, "keep those of every so manieth step whatever keep_last says", "cosmetic", "steps", ge=1
+    )
+    asynchronous: bool = setting(
+        True, "training waits only for a copy of the state, which is written meanwhile (memory for two)", "performance"
+    )
+    validate_forward: bool = setting(
+        False, "keep the logits of a fixed batch, and compare them when the run goes on", "performance"
+    )
+    path: str | None = setting(
+        None,
+        "URL of a folder for copies, as s3://bucket/run; a run without a newer one here goes on from there",
+        "cosmetic",
+    )
+    chunk_size: int = setting(100 << 20, "bytes sent to the URL at once", "performance", "bytes", ge=5 << 20)
 
     @model_validator(mode="after")
     def _log(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError("checkpoint.keep_every is for checkpoint.keep_last, without which all are kept: give both")
         if self.scale == "log" and self.log_factor is None:
             raise ValueError("checkpoint.scale log needs checkpoint.log_factor, for example 2: save at 1, 2, 4, 8, ...")
         if self.scale == "linear" and self.log_factor is not None:
@@ -356,7 +418,9 @@ class PerformanceConfig(Section):
     recompute_every: int = setting(
         1, "recompute every so manieth layer, from the first on", "performance", "layers", ge=1
     )
-    arena: bool = setting(True, "keep weights, moments and gradients in flat buffers", "performance")
+    arena: bool = setting(
+        True, "keep weights, moments and gradients in flat buffers, where the optimizer allows it", "performance"
+    )
     prefetch: int = setting(2, "steps of data read ahead in the background", "performance", "steps", ge=0)
     peak_flops: float | None = setting(
         None, "the device's matrix rate for MFU; null: measured when training starts", "cosmetic", "FLOP/s", gt=0

@@ -15,7 +15,8 @@ handful of long kernels. The two agree to the rounding of a sum's order; a test 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from castalia.config import OptimizerConfig
 from castalia.errors import UserError
+from castalia.optim.eight_bit import AdamW8bit
+from castalia.optim.matrix import MatrixOptimizer, Whole
 from castalia.optim.optimizers import Groups, Rule, by_rule, optimizer_kind, prepare_state
 
 _NORM_ROW = 1 << 10
@@ -82,16 +85,23 @@ class WeightStore(Protocol):
         """Tell the optimizer how many updates its moments have seen (bias correction)."""
         ...
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """While it lasts, the weights are their averages, where the optimizer keeps any."""
+        ...
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes, by name."""
+        ...
+
+    def reach(self, wholes: Mapping[Tensor, Whole]) -> None:
+        """Say how parameters of which this store has a part are reached as a whole, before the first update."""
+        ...
+
 
 def make_store(model: nn.Module, cfg: OptimizerConfig, precision: str, arena: bool) -> WeightStore:
-    """The store that the configuration asks for.
-
-    Raises:
-        UserError: the arena is asked for with an optimizer that needs whole matrices.
-    """
-    kind = optimizer_kind(cfg)
-    if arena and not kind.elementwise:
-        raise UserError(f"performance.arena: optimizer '{cfg.type}' needs whole matrices: set performance.arena=false")
+    """The store that the configuration asks for."""
+    arena = arena and optimizer_kind(cfg).elementwise
     low = torch.bfloat16 if precision == "bf16" else None
     return ArenaStore(model, cfg, low) if arena else PlainStore(model, cfg, low)
 
@@ -179,9 +189,61 @@ class _Store:
         return {f"model.{n}": p.detach() for n, p in (self._parameters | self._frozen).items()}
 
     def _make_optimizer(self, groups: list[tuple[Rule, list[nn.Parameter]]]) -> None:
-        made: Groups = [{"params": parameters, "weight_decay": rule.decay} for rule, parameters in groups]
+        made: Groups = [
+            {"params": parameters, "weight_decay": rule.decay, "matrix": rule.matrix} for rule, parameters in groups
+        ]
         self.optimizer, self._rates = self._kind.make(made, self._cfg), [rule.rate for rule, _ in groups]
-        prepare_state(self.optimizer, self._kind)
+        self._updates = 0
+        prepare_state(self.optimizer, self._kind, self._cfg.average is not None)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes, by name."""
+        return self._parameters
+
+    def reach(self, wholes: Mapping[Tensor, Whole]) -> None:
+        """See WeightStore."""
+        if isinstance(self.optimizer, MatrixOptimizer):
+            self.optimizer.reach(wholes)
+            prepare_state(self.optimizer, self._kind, self._cfg.average is not None)
+
+    def _moments(self, parameter: Tensor) -> list[str]:
+        """Names of the states of a parameter that a checkpoint holds."""
+        return [n for n in self.optimizer.state[parameter] if n != "step"]
+
+    @torch.no_grad()
+    def _add_to_averages(self) -> None:
+        """Exponential means of the weights; of the first updates they are plain means."""
+        self._updates += 1
+        if self._cfg.average is not None:
+            share = max(1 - self._cfg.average, 1 / self._updates)
+            states = self.optimizer.state
+            torch._foreach_lerp_([s["average"] for s in states.values()], [p.detach() for p in states], share)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """See WeightStore."""
+        pairs = [(p, s["average"]) for p, s in self.optimizer.state.items() if "average" in s]
+        if not pairs or not self._updates:
+            yield
+            return
+        self._exchange(pairs)
+        try:
+            yield
+        finally:
+            self._exchange(pairs)
+
+    @torch.no_grad()
+    def _exchange(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for parameter, average in pairs:
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See WeightStore."""
+        raise NotImplementedError
 
     def _update(self, lr: float, divisor: Tensor | None, gradients: list[Tensor]) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -192,13 +254,15 @@ class _Store:
             self.optimizer.found_inf = torch.zeros_like(divisor)  # type: ignore[attr-defined]
             self.optimizer.step()
             del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
-            return
-        if divisor is not None:
-            torch._foreach_div_(gradients, divisor)
-        self.optimizer.step()
+        else:
+            if divisor is not None:
+                torch._foreach_div_(gradients, divisor)
+            self.optimizer.step()
+        self._add_to_averages()
 
     def set_updates(self, done: int) -> None:
         """See WeightStore."""
+        self._updates = done
         for state in self.optimizer.state.values():
             state["step"].fill_(float(done))
 
@@ -246,8 +310,10 @@ class PlainStore(_Store):
     def tensors(self) -> dict[str, Tensor]:
         """See WeightStore."""
         out = self._masters()
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.unpack_states()
         for n, p in self._parameters.items():
-            out |= {f"optimizer.{n}.{m}": self.optimizer.state[p][m] for m in self._kind.moments}
+            out |= {f"optimizer.{n}.{m}": self.optimizer.state[p][m] for m in self._moments(p)}
         return out
 
     def gradients(self) -> dict[str, Tensor]:
@@ -351,7 +417,7 @@ class ArenaStore(_Store):
         """See WeightStore."""
         out = self._masters()
         for segment in self._segments:
-            for moment in self._kind.moments:
+            for moment in self._moments(segment.master):
                 flat = self.optimizer.state[segment.master][moment]
                 out |= {f"optimizer.{n}.{moment}": v for n, v in segment.views(flat)}
         return out

@@ -54,6 +54,7 @@ class Mesh:
                 ("shard", "context"),
                 ("replicate", "shard"),
                 AXES[:-1],
+                AXES[1:],
                 ("replicate", "context"),
             ):
                 self._groups[axes] = self._make(axes)
@@ -153,6 +154,22 @@ class Mesh:
 
             dist.all_reduce(value, group=group)
         return value
+
+    def largest(self, value: Tensor) -> Tensor:
+        """A tensor's elementwise maximum over all ranks, in place; returned."""
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
+    def host_group(self) -> ProcessGroup | None:
+        """A new group of all ranks that speaks on the hosts, for a thread of its own; every rank must ask for it."""
+        if self.world.size == 1:
+            return None
+        import torch.distributed as dist
+
+        return dist.new_group(backend="gloo")
 
 
 def local_mesh(device: torch.device | str = "cpu") -> Mesh:

@@ -67,7 +67,7 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
         # Several micro-batches pass a pipeline before bf16 gradients could be moved to fp32: masters take them at once.
         arena = config.performance.arena and (mesh.layout.pipeline == 1 or config.training.precision == "fp32")
         inner = make_store(model, config.optimizer, config.training.precision, arena)
-    return Parts(model, SpreadStore(inner, places, mesh, shapes), places)
+    return Parts(model, SpreadStore(inner, places, mesh, shapes, config.optimizer), places)
 
 
 def check_model(config: Config, layout: Layout) -> None:

@@ -10,18 +10,23 @@ its own business.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from castalia.checkpoint.tensors import Piece
+from castalia.config import OptimizerConfig
 from castalia.optim import WeightStore
+from castalia.optim.matrix import MatrixOptimizer
+from castalia.optim.optimizers import optimizer_kind
 from castalia.optim.weights import sum_of_squares
 from castalia.parallel.experts import holds_experts
 from castalia.parallel.layout import AXES
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh
 from castalia.parallel.plans import Place
+from castalia.parallel.whole import wholes
 
 BUCKET = 1 << 25
 """Elements that are summed over ranks in one operation, at least, where gradients are separate tensors."""
@@ -35,17 +40,27 @@ class SpreadStore:
         places: where each of its parameters lies.
         mesh: the ranks.
         shapes: of all parameters of the whole model; this rank may have a part of none of some.
+        cfg: which optimizer, so which states there are.
     """
 
     def __init__(
-        self, inner: WeightStore, places: dict[str, Place], mesh: Mesh, shapes: dict[str, tuple[int, ...]]
+        self,
+        inner: WeightStore,
+        places: dict[str, Place],
+        mesh: Mesh,
+        shapes: dict[str, tuple[int, ...]],
+        cfg: OptimizerConfig,
     ) -> None:
         self.inner, self._places, self._mesh, self._shapes = inner, places, mesh, shapes
         self.optimizer = inner.optimizer
         self.prepare, self.working, self.collect = inner.prepare, inner.working, inner.collect
         self.discard, self.refresh, self.set_updates = inner.discard, inner.refresh, inner.set_updates
         self.step = inner.step
-        self.gradients = inner.gradients
+        self.gradients, self.averaged, self.trained = inner.gradients, inner.averaged, inner.trained
+        self.reach = inner.reach
+        if isinstance(inner.optimizer, MatrixOptimizer):
+            inner.reach(wholes(inner.trained, places, mesh))
+        self._kind, self._average = optimizer_kind(cfg), cfg.average is not None
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -99,10 +114,21 @@ class SpreadStore:
         for key, tensor in self.inner.tensors().items():
             kind, _, rest = key.partition(".")
             place = self._places[rest if kind == "model" else rest.rpartition(".")[0]]
-            out[key] = Piece(tensor, place.shape, place.offset)
-        moments = {key.rpartition(".")[2] for key in out if key.startswith("optimizer.")}
+            if tuple(tensor.shape) == place.local:
+                out[key] = Piece(tensor, place.shape, place.offset)
+            else:  # it belongs to the whole parameter
+                out[key] = Piece(tensor, tensor.shape, (0,) * tensor.ndim)
         for name, shape in self._shapes.items():
             if name not in self._places:
-                for key in (f"model.{name}", *(f"optimizer.{name}.{moment}" for moment in moments)):
-                    out[key] = Piece(torch.empty(0, *shape[1:]), shape, (0,) * len(shape))
+                for key, size in self._elsewhere(name, shape):
+                    out[key] = Piece(torch.empty(0, *size[1:]), size, (0,) * len(size))
         return out
+
+    def _elsewhere(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and whole shapes of what a checkpoint holds of a parameter of which this rank has no part."""
+        is_matrix = self._kind.matrices(name, torch.empty(shape, device="meta"))
+        yield f"model.{name}", shape
+        for moment in (*self._kind.moments_of(is_matrix), *(("average",) if self._average else ())):
+            yield f"optimizer.{name}.{moment}", shape
+        for state, size in self._kind.whole(shape, is_matrix).items():
+            yield f"optimizer.{name}.{state}", size

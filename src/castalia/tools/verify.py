@@ -244,7 +244,7 @@ def shrink(config: Config) -> Config:
         "schedule.warmup_steps": None,
         "performance.compile": False,
         # An element whose gradient is zero but for rounding must not move by the sign of an error.
-        "optimizer.eps": max(config.optimizer.eps, 1e-3),
+        "optimizer.eps": max(config.optimizer.eps, 1e-3) if config.optimizer.uses("eps") else config.optimizer.eps,
     }
     return derive(check(Tree(values, {}, [])))[0]
 

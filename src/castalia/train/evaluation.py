@@ -43,7 +43,8 @@ def evaluate(run: Run, split: str) -> Record | None:
                 count.add(batch)
                 yield batch
 
-    stats = run.engine.evaluate(batches())
+    with run.store.averaged():
+        stats = run.engine.evaluate(batches())
     count.bytes, count.characters = map(int, run.mesh.sum([count.bytes, count.characters], "replicate", "shard"))
     record = run.metrics.write(
         split,
