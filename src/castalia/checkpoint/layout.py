@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,21 @@ def step_of(name: str) -> int | None:
     """The step that a directory name says, None if it is not a checkpoint's name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def surplus(steps: Iterable[int], newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
+    """The steps whose checkpoints are not to be kept beside the one of `newest`, which is.
+
+    Args:
+        steps: of all whole checkpoints.
+        newest: of the one just written.
+        keep_last: how many are kept, that one included; None: all.
+        keep_every: multiples of it are kept whatever `keep_last` says.
+    """
+    if keep_last is None:
+        return []
+    older = sorted({step for step in steps if step != newest}, reverse=True)
+    return [step for step in older[keep_last - 1 :] if keep_every is None or step % keep_every]
 
 
 def manifest_text(files: Mapping[str, FileRecord]) -> str:

@@ -40,6 +40,7 @@ from castalia.checkpoint.layout import (
     problems_of,
     step_name,
     step_of,
+    surplus,
     sync_directory,
     write_durably,
 )
@@ -68,7 +69,9 @@ def save_checkpoint(
     tensors: Mapping[str, Any],
     state: Mapping[str, Any],
     *,
+    files: Mapping[str, bytes] | None = None,
     keep_last: int | None = None,
+    keep_every: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write the checkpoint of a step; when this returns it is whole and on disk.
@@ -78,7 +81,9 @@ def save_checkpoint(
         step: optimizer steps done. A checkpoint of this step that is there already is replaced.
         tensors: by canonical name, or nested dicts of them (names joined by dots). Views are fine.
         state: what is not a tensor; must be JSON.
+        files: further files by name, for example the tokenizer's; the first rank's count.
         keep_last: delete all but the newest so many whole ones, never the one just written.
+        keep_every: nor those whose step is a multiple of it.
         process_group: the ranks that save together; None is the default group, if there is one.
 
     Returns:
@@ -93,10 +98,10 @@ def save_checkpoint(
     ranks = _Ranks(process_group)
     directory = Path(directory)
     writing = directory / f"{WRITING}{step_name(step)}"
-    text = json.dumps(state, indent=1).encode()
+    small = {STATE: json.dumps(state, indent=1).encode()} | dict(files or {})
     with _reported(directory, step), _claimed(directory, writing, ranks):
-        files = _write_tensors(writing, flat, ranks)
-        ranks.first(lambda: _finish(directory, writing, step, text, files, keep_last))
+        written = _write_tensors(writing, flat, ranks)
+        ranks.first(lambda: _finish(directory, writing, step, small, written, (keep_last, keep_every)))
     return directory / step_name(step)
 
 
@@ -114,25 +119,32 @@ def _finish(
     directory: Path,
     writing: Path,
     step: int,
-    state: bytes,
+    small: Mapping[str, bytes],
     files: dict[str, FileRecord],
-    keep_last: int | None,
+    keep: tuple[int | None, int | None],
 ) -> None:
     """From complete tensor files to a checkpoint under its own name."""
-    files[STATE] = write_durably(writing / STATE, state)
+    for name, content in small.items():
+        files[name] = write_durably(writing / name, content)
     sync_directory(writing)
     write_durably(writing / MANIFEST, manifest_text(files).encode())
     sync_directory(writing)
-    final = directory / step_name(step)
+    final = put_in_place(directory, writing)
+    # The checkpoint is safe. What cannot be deleted now will be tried again by the next save.
+    with suppress(OSError):
+        _clear_leftovers(directory)
+        _prune(directory, final, *keep)
+
+
+def put_in_place(directory: Path, writing: Path) -> Path:
+    """Give a whole checkpoint its own name, and let `latest` name it."""
+    final = directory / writing.name.removeprefix(WRITING)
     _set_aside(directory, final)
     os.replace(writing, final)
     sync_directory(directory)
     write_durably(directory / LATEST, f"{final.name}\n".encode())
     sync_directory(directory)
-    # The checkpoint is safe. What cannot be deleted now will be tried again by the next save.
-    with suppress(OSError):
-        _clear_leftovers(directory)
-        _prune(directory, final, keep_last)
+    return final
 
 
 def _set_aside(directory: Path, final: Path) -> None:
@@ -144,17 +156,16 @@ def _set_aside(directory: Path, final: Path) -> None:
         os.replace(final, aside)
 
 
-def _prune(directory: Path, newest: Path, keep_last: int | None) -> None:
+def _prune(directory: Path, newest: Path, keep_last: int | None, keep_every: int | None) -> None:
     if keep_last is None:
         return
-    steps = {path.name: step_of(path.name) for path in directory.iterdir() if path != newest}
-    names = sorted((n for n, step in steps.items() if step is not None), key=lambda n: steps[n] or 0, reverse=True)
+    there = {path: step for path in directory.iterdir() if (step := step_of(path.name)) is not None}
     # What is broken is nobody's spare copy: it is neither counted nor deleted.
-    whole = [name for name in names if not problems_of(directory / name, hashes=False)]
-    for name in whole[keep_last - 1 :]:
-        doomed = directory / f"{DELETING}{name}"
+    whole = [step for path, step in there.items() if not problems_of(path, hashes=False)]
+    for step in surplus(whole, there[newest], keep_last, keep_every):
+        doomed = directory / f"{DELETING}{step_name(step)}"
         shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(directory / name, doomed)
+        os.replace(directory / step_name(step), doomed)
         sync_directory(directory)
         shutil.rmtree(doomed)
 

@@ -1,0 +1,158 @@
+"""Copies at a URL: whole or not there, retried, pruned, and good enough to go on from."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, save_checkpoint, verify_checkpoint
+from castalia.errors import UserError
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"memory://{uuid.uuid4().hex}/run" if request.param == "memory" else f"file://{tmp_path}/far/run"
+
+
+def saved(directory: Path, *steps: int, value: float = 0.0) -> None:
+    for step in steps:
+        save_checkpoint(directory, step, {"a": torch.full((5,), step + value)}, {"step": step}, files={"x.txt": b"x"})
+
+
+def test_whole_checkpoints_go_there_and_come_back(url: str, tmp_path: Path) -> None:
+    here, mirror = tmp_path / "here", Mirror(url)
+    assert mirror.steps() == []
+    saved(here, 1, 2)
+    (here / "step-00000003").mkdir()  # not whole: stays here
+    assert mirror.update(here) == ["step-00000002", "step-00000001"]
+    assert mirror.steps() == [1, 2] and mirror.update(here) == []
+    assert Mirror(url).update(here) == [], "another sitting sees that they are the same"
+    back = tmp_path / "back"
+    path = Mirror(url).fetch(2, back)
+    assert path == back / "step-00000002" and verify_checkpoint(path) == []
+    found = find_checkpoint(back)
+    assert found is not None and found.state == {"step": 2} and (path / "x.txt").read_bytes() == b"x"
+    assert sorted(p.name for p in back.iterdir()) == ["latest", "step-00000002"]
+    saved(here, 2, value=0.5)  # the same step anew
+    assert Mirror(url).update(here) == ["step-00000002"]
+    assert mirror.fetch(2, back) == path and verify_checkpoint(path) == []
+    assert (path / "manifest.json").read_bytes() == (here / "step-00000002" / "manifest.json").read_bytes()
+
+
+def test_old_copies_are_deleted_as_they_are_here(url: str, tmp_path: Path) -> None:
+    mirror = Mirror(url)
+    for step in (10, 20, 25, 30, 35):
+        save_checkpoint(tmp_path / "here", step, {"a": torch.ones(1)}, {}, keep_last=2, keep_every=20)
+        mirror.update(tmp_path / "here", 2, 20)
+        there = sorted(int(p.name[5:]) for p in (tmp_path / "here").glob("step-*"))
+        assert mirror.steps() == there
+    assert mirror.steps() == [20, 30, 35]
+
+
+def test_a_damaged_copy_is_named_and_not_taken(url: str, tmp_path: Path) -> None:
+    saved(tmp_path / "here", 1)
+    mirror = Mirror(url)
+    mirror.update(tmp_path / "here")
+    fs, root = fsspec.core.url_to_fs(url)
+    for name in ("x.txt", "state.json", "__0_0.distcp", ".metadata"):
+        file = f"{root}/step-00000001/{name}"
+        content = fs.cat_file(file)
+        fs.pipe_file(file, bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(MirrorFailed, match=rf"step-00000001: is damaged \({name}: its content is not"):
+            mirror.fetch(1, tmp_path / "back")
+        assert list((tmp_path / "back").iterdir()) == [], "nothing of it is left"
+        fs.pipe_file(file, content)
+    fs.rm_file(f"{root}/step-00000001/x.txt")
+    with pytest.raises(MirrorFailed, match="could not be downloaded"):
+        mirror.fetch(1, tmp_path / "back")
+    fs.rm_file(f"{root}/step-00000001/manifest.json")
+    assert mirror.steps() == [], "without a manifest there is no copy"
+
+
+def test_later_copies_can_be_set_aside(url: str, tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3)
+    mirror = Mirror(url)
+    mirror.update(tmp_path)
+    mirror.set_aside(1)
+    assert mirror.steps() == [1]
+
+
+def test_a_url_that_nobody_knows() -> None:
+    with pytest.raises(UserError, match="checkpoint.path: nowhere://x cannot be used"):
+        Mirror("nowhere://x")
+
+
+class Refusing:
+    """A web application in front of another that refuses what it is told to."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.refused, self.left = inner, (), 0
+
+    def refuse(self, *methods: str, times: int = 1 << 30, status: str = "403 Forbidden") -> None:
+        self.refused, self.left, self.status = methods, times, status
+
+    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
+        if environ["REQUEST_METHOD"] in self.refused and self.left > 0:
+            self.left -= 1
+            code = "AccessDenied" if self.status.startswith("403") else "InternalError"
+            start(self.status, [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
+        return self.inner(environ, start)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Refusing]:
+    """An object store on this machine with a bucket `runs`, that can be told to refuse."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server")
+    pytest.importorskip("flask_cors")
+    import threading
+
+    import boto3
+    from werkzeug.serving import make_server
+
+    application = Refusing(server.DomainDispatcherApplication(server.create_backend_app))
+    listening = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.port}"),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield application
+    listening.shutdown()
+    thread.join()
+
+
+def test_an_object_store_that_fails_now_and_then(store: Refusing, tmp_path: Path) -> None:
+    here, mirror = tmp_path / "here", Mirror("s3://runs/one", 5 << 20)
+    saved(here, 1)
+    assert mirror.update(here) == ["step-00000001"]
+    tensor = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))  # 12 MB: several parts
+    save_checkpoint(here, 2, {"a": tensor}, {"step": 2})
+    for methods in (("PUT",), ("POST",)):  # single objects; parts of large ones
+        store.refuse(*methods)
+        with pytest.raises(MirrorFailed, match="s3://runs/one: step-00000002 could not be uploaded"):
+            mirror.update(here)
+        store.refuse()
+        assert mirror.steps() == [1], "half a copy is none"
+    store.refuse("PUT", times=1, status="500 Internal Server Error")
+    assert mirror.update(here, keep_last=1) == ["step-00000002"], "a passing fault is nobody's business"
+    store.refuse()
+    assert mirror.steps() == [2], "and the old one went"
+    store.refuse("GET")
+    with pytest.raises(MirrorFailed, match="could not be listed|could not be downloaded"):
+        mirror.fetch(2, tmp_path / "back")
+    store.refuse()
+    assert verify_checkpoint(mirror.fetch(2, tmp_path / "back")) == []
