@@ -22,6 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="also say how each value that was left open follows")
     parser.add_argument("--no-report", action="store_true", help="write no report.html at the end")
     parser.add_argument("--json", action="store_true", help="print the last records as one JSON object")
+    parser.add_argument("--step", type=int, metavar="N", help="go back to the checkpoint of step N (default: newest)")
     parser.add_argument("--procs", type=int, metavar="N", help="processes on this machine (default: one per device)")
 
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
         check_layout(derive(config)[0], layout_of(config.parallel, procs))
         flags = [f"--{flag}" for flag in ("accept", "quiet", "verbose", "no-report", "json") if _given(args, flag)]
+        flags += [] if args.step is None else ["--step", str(args.step)]
         hang_timeout = config.performance.hang_timeout
         return supervise([sys.executable, "-m", "castalia", "train", *args.settings, *flags], procs, hang_timeout)
 
@@ -50,7 +52,14 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         with noted_failure():
-            done = train(config, sources=files, accept=args.accept, quiet=args.quiet, verbose=args.verbose)
+            done = train(
+                config,
+                sources=files,
+                accept=args.accept,
+                quiet=args.quiet,
+                verbose=args.verbose,
+                step=args.step,
+            )
     except Stopped as stop:
         print(f"castalia: {stop}", file=sys.stderr, flush=True)
         if args.json:

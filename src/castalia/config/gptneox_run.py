@@ -1,7 +1,7 @@
 """What surrounds the training of a GPT-NeoX file -> where our run begins, saves, evaluates and logs.
 
 load, save, finetune, iteration       start.*, output
-checkpoint_scale, checkpoint_factor   checkpoint.*
+checkpoint_scale, s3_path, ...        checkpoint.*
 eval_interval, eval_iters             evaluation.*
 use_wandb, tensorboard_dir, log_*     logging.*
 launcher, hostfile, comment           launch.*
@@ -51,8 +51,8 @@ def start_step(given: Given) -> int | None:
     if given["load"] is not None:
         given.fail(
             "iteration",
-            f"asks for step {given['iteration']} of the run's own folder, which goes on from its newest: "
-            f"give another `save`, and `load` begins there",
+            f"asks for step {given['iteration']} of the run's own folder, which goes on from its newest: leave it out "
+            f"and go back once, with `castalia train --step {given['iteration']}`, or give another `save`",
         )
     given.remark("iteration: nothing is loaded, since 'load' names nothing")
     return None
@@ -108,6 +108,15 @@ def extra_steps(given: Given) -> list[Any]:
         extra.append(int(power))
         power *= factor
     return sorted(set(extra))
+
+
+def copies(given: Given) -> str | None:
+    """Where the copies go: below the last part of `save`, as GPT-NeoX has it; an S3 path may lack the protocol."""
+    if given["s3_path"] is None:
+        return None
+    path = str(given["s3_path"]).rstrip("/")
+    save = str(given["save"] or "").rstrip("/").rsplit("/", 1)[-1]
+    return ("" if "://" in path else "s3://") + path + (f"/{save}" if save else "")
 
 
 def _log(given: Given) -> bool:
@@ -199,6 +208,8 @@ RUN_RULES: tuple[Rule, ...] = (
     Rule("checkpoint.log_factor", ("checkpoint_factor",), log_factor),
     Rule("checkpoint.scale", ("checkpoint_scale",), lambda g: "linear" if log_factor(g) is None else "log"),
     Rule("checkpoint.extra_steps", ("extra_save_iters", "checkpoint_factor"), extra_steps),
+    Rule("checkpoint.path", ("s3_path",), copies),
+    Rule("checkpoint.chunk_size", ("s3_chunk_size",), lambda g: g["s3_chunk_size"] if g["s3_path"] else None),
     Rule("evaluation.interval", ("eval_interval", "eval_iters"), evaluation_interval),
     Rule("evaluation.batches", ("eval_iters",), lambda g: g["eval_iters"] if evaluates(g) else None),
     Rule("evaluation.at_end", ("eval_iters",), evaluates),

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from castalia.checkpoint import find_checkpoint, load_checkpoint
-from castalia.config import load
+from castalia.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, read_state, verify_checkpoint
+from castalia.checkpoint.layout import MANIFEST
+from castalia.config import Config, load
+from castalia.config.load import check_values
 from castalia.data.tokenizer import Tokenizer, load_kept, load_tokenizer
 from castalia.errors import UserError
 from castalia.model import Transformer
@@ -32,7 +34,7 @@ def load_run(
     """Load the model and the tokenizer of a run (docs/contracts.md, sections 3 and 4).
 
     Args:
-        run_dir: the run's directory; training may be going on in it.
+        run_dir: the run's directory, in which training may be going on; or one checkpoint, wherever it was copied to.
         step: of the checkpoint; None: the newest whole one.
         dtype: of the matrices; norms and biases stay fp32, in which they are computed anyway.
         device: where the model shall live.
@@ -44,12 +46,7 @@ def load_run(
         UserError: there is no run, no whole checkpoint or no tokenizer, or they do not fit together.
     """
     path = Path(run_dir)
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is not a run directory: it has no config.yaml; give one that `train` wrote")
-    config = load([path / "config.yaml"])
-    checkpoint = find_checkpoint(path / "checkpoints", step)
-    if checkpoint is None:
-        raise UserError(f"{path} has no checkpoint yet: wait for the first, or train further")
+    config, checkpoint = _opened(path, step)
     for reason in checkpoint.skipped:
         warnings.warn(f"a newer checkpoint was passed over: {reason}", stacklevel=2)
     tokenizer = _tokenizer(path, checkpoint.state.get("tokenizer"))
@@ -64,6 +61,24 @@ def load_run(
         if parameter.dim() >= 2 and id(parameter) not in looked_up:
             parameter.data = parameter.data.to(dtype)
     return model.eval(), tokenizer
+
+
+def _opened(path: Path, step: int | None) -> tuple[Config, Checkpoint]:
+    """The configuration, and the checkpoint to read."""
+    if (path / MANIFEST).is_file():
+        problems = verify_checkpoint(path)
+        if problems:
+            raise UserError(f"{problems[0]}: choose another checkpoint")
+        state = read_state(path)
+        if step not in (None, state["step"]):
+            raise UserError(f"{path} is the checkpoint of step {state['step']}: give the run's folder to choose a step")
+        return check_values(state["config"], str(path)), Checkpoint(path, state["step"])
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is not a run directory: it has no config.yaml; give one that `train` wrote")
+    checkpoint = find_checkpoint(path / "checkpoints", step)
+    if checkpoint is None:
+        raise UserError(f"{path} has no checkpoint yet: wait for the first, or train further")
+    return load([path / "config.yaml"]), checkpoint
 
 
 def _tokenizer(run: Path, trained_with: dict[str, Any] | None) -> Tokenizer:

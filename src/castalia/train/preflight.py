@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from castalia.checkpoint import Mirror
 from castalia.config import Config
 from castalia.config.derive import derive
 from castalia.data.tokenizer import Tokenizer
@@ -81,6 +82,8 @@ def prepare_run(config: Config) -> Prepared:
     if world.size == 1:  # several processes share the load
         check_memory(full, size, world.device)
     _check_names(full)
+    if full.checkpoint.path is not None:
+        Mirror(full.checkpoint.path)  # speaks to nobody yet
     if not any(Path(full.run_dir, "checkpoints").glob("step-*")):  # else it goes on from its own
         check_start(full.start)
     try:
@@ -118,8 +121,8 @@ def _check_names(config: Config) -> None:
 def check_memory(config: Config, size: ModelSize, device: torch.device) -> None:
     """Refuse what this machine cannot hold, before the attempt: the least that a step needs against all memory.
 
-    Counted are weights, gradients, moments and bf16 copies, and of the activations the input of
-    each layer alone. Only a CPU's memory is known here.
+    Counted are weights, gradients, moments and bf16 copies, the copy that is saved from, and of the
+    activations the input of each layer alone. Only a CPU's memory is known here.
 
     Raises:
         UserError: it is too much.
@@ -130,6 +133,13 @@ def check_memory(config: Config, size: ModelSize, device: torch.device) -> None:
     state = size.weight_bytes + size.gradient_bytes + size.optimizer_bytes + size.working_bytes
     tokens = config.micro_batch_size * config.data.seq_length
     inputs = 4 * tokens * config.model.hidden_size * config.model.num_layers
+    copy = size.weight_bytes + size.optimizer_bytes if config.checkpoint.asynchronous else 0
+    if state + inputs <= there < state + inputs + copy:
+        raise UserError(
+            f"training needs at least {_gigabytes(state + inputs)}, and a copy of weights and moments to save from "
+            f"another {_gigabytes(copy)}, which is more than this machine's {_gigabytes(there)}: "
+            "set checkpoint.asynchronous=false"
+        )
     if state + inputs > there:
         bigger = (
             "make the model smaller (model.num_layers, model.hidden_size, model.vocab_size)"

@@ -1,4 +1,7 @@
-"""A run's own newest checkpoint -> the run as it was, unless going on would make its curve jump.
+"""A run's own newest checkpoint, or the one asked for -> the run as it was, unless going on would make its curve jump.
+
+    checkpoints/  the newest whole one ─┐
+    checkpoint.path     a newer one? ───┴─> compared with the configuration ─> loaded ─> logits compared, if kept
 
 Refused, unless the user accepts it: a changed numerics setting, other data, another order of
 the data, another tokenizer. Performance and cosmetic settings may change, and so may the
@@ -7,14 +10,18 @@ run's length where the schedule does not follow it.
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castalia.checkpoint import find_checkpoint, load_checkpoint
+from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, load_checkpoint
+from castalia.checkpoint.layout import step_of
 from castalia.config.compare import accepted_lines, differences
 from castalia.config.load import check_values
 from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
+from castalia.train.forward import check_logits
 
 if TYPE_CHECKING:
     from castalia.train.run import Run
@@ -23,23 +30,29 @@ STATE_VERSION = 1
 
 
 def resume(run: Run) -> bool:
-    """Load the newest whole checkpoint of the run's folder; False if there is none.
+    """Load the newest whole checkpoint of the run's folder, or that of `run.chosen`; False if there is none.
 
     Raises:
         UserError: there is one, but it may not be gone on from.
     """
-    found = find_checkpoint(run.checkpoints)
+    _fetch(run)
+    found = find_checkpoint(run.checkpoints, run.chosen)
     if found is None:
         return False
     for problem in found.skipped:
         run.console.say(f"WARNING: passed over {problem}")
     state = found.state
     check_version(state, found.path)
+    if state.get("slim"):
+        raise UserError(
+            f"{found.path}: holds weights alone, so no run goes on from it: begin a new one from it, with start.path "
+            "and start.optimizer=false"
+        )
     _refuse_changes(run, state, found.path)
     if state["step"] > run.steps:
         raise UserError(
-            f"{found.path}: is at step {state['step']}, beyond training.steps {run.steps}: "
-            "raise training.steps, or give another name or output"
+            f"{found.path}: is at step {state['step']}, beyond training.steps {run.steps}: raise training.steps, "
+            "go back to a step that is kept with --step, or give another name or output"
         )
     load_checkpoint(found.path, run.store.tensors())
     if run.accepted:
@@ -49,7 +62,81 @@ def resume(run: Run) -> bool:
     go_on(run, state["step"], state["updates"], state["tokens"])
     run.journal, run.seconds_before = journal_from_json(state["journal"]), state["seconds"]
     run.imported = state.get("import")
+    if run.config.checkpoint.validate_forward:
+        run.console.say(check_logits(run, found.path))
+    if run.chosen is not None and run.first:
+        _set_aside(run, found.step)
     return True
+
+
+def _fetch(run: Run) -> None:
+    """Bring the checkpoint to go on from here, where checkpoint.path has a newer one; the other processes wait."""
+    if run.config.checkpoint.path is None:
+        return
+    problem = None
+    if run.saving.mirror is not None:
+        try:
+            _fetch_from(run.saving.mirror, run)
+        except UserError as error:
+            problem = str(error)
+    problem = run.mesh.from_first(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _fetch_from(mirror: Mirror, run: Run) -> None:
+    directory = run.checkpoints
+    here, damaged = None, None
+    try:
+        here = find_checkpoint(directory, run.chosen)
+    except UserError as error:
+        damaged = error
+    newest = -1 if here is None else here.step
+    try:
+        there = [step for step in reversed(mirror.steps()) if step > newest and run.chosen in (None, step)]
+    except MirrorFailed as error:
+        if here is None:
+            raise UserError(
+                f"{error}: it may hold the run's checkpoints, and {directory} holds none that is whole: make it "
+                "reachable, or leave checkpoint.path out to begin without it"
+            ) from None
+        run.console.say(f"WARNING: {error}; going on with what is here")
+        return
+    if run.chosen is not None and here is not None:
+        return
+    for step in there:
+        try:
+            path = mirror.fetch(step, directory)
+        except MirrorFailed as error:
+            run.console.say(f"WARNING: passed over {error}")
+            continue
+        run.console.say(f"{path.name} was downloaded from {mirror.url}")
+        return
+    if there and here is None:
+        raise UserError(f"{mirror.url}: none of its checkpoints could be used: restore one, or empty that folder")
+    if damaged is not None:
+        raise damaged
+
+
+def _set_aside(run: Run, step: int) -> None:
+    """Going back to a step: later checkpoints are of another future, and no later start may take them for this one's.
+
+    They are moved, with the records so far, into `checkpoints/set-aside-from-STEP`.
+    """
+    later = [path for path in run.checkpoints.iterdir() if (step_of(path.name) or -1) > step]
+    if run.saving.mirror is not None:
+        run.saving.mirror.set_aside(step)
+    if not later:
+        return
+    number = 1
+    while (aside := run.checkpoints / f"set-aside-from-{step}-{number}").exists():
+        number += 1
+    aside.mkdir()
+    if (run.directory / "metrics.jsonl").exists():
+        shutil.copyfile(run.directory / "metrics.jsonl", aside / "metrics.jsonl")
+    for path in later:
+        os.replace(path, aside / path.name)
+    run.console.say(f"going back to step {step}: {len(later)} later checkpoints and the records are kept in {aside}")
 
 
 def go_on(run: Run, step: int, updates: int, tokens: int) -> None:

@@ -10,7 +10,6 @@ from the checkpoint that `start` names (start.py), or from initial weights.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,13 +18,12 @@ from typing import Any
 
 import torch
 
-import castalia
-from castalia.checkpoint import CheckpointNotSaved, RunLock, save_checkpoint
+from castalia.checkpoint import RunLock
 from castalia.config import Config, load, notes, remarks
 from castalia.config.curriculum import row_tokens
 from castalia.data.exclusions import Exclusions, with_exclusions
 from castalia.data.loader import Loader, Shard
-from castalia.data.plan import Amendment, Exclude, RunPlan, journal_to_json
+from castalia.data.plan import Amendment, Exclude, RunPlan
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
@@ -47,7 +45,8 @@ from castalia.train.metrics import Metrics, MetricsFile, Record, Unwritten
 from castalia.train.norms import Norms
 from castalia.train.output import copied_output
 from castalia.train.preflight import prepare_run
-from castalia.train.resume import STATE_VERSION, resume
+from castalia.train.resume import resume
+from castalia.train.saving import Saving
 from castalia.train.sinks import make_sinks
 from castalia.train.start import Begun, begin
 
@@ -60,6 +59,7 @@ def train(
     quiet: bool = False,
     verbose: bool = False,
     sources: Sequence[str | Path] = (),
+    step: int | None = None,
 ) -> Run:
     """Train a run to its end, going on from its newest whole checkpoint if it has one.
 
@@ -71,6 +71,7 @@ def train(
         quiet: no console lines.
         verbose: also say how each value that was left open follows from the others.
         sources: the files that a `Config` was loaded from, for the run's folder.
+        step: go back to the checkpoint of this step; later ones are set aside. None: the newest.
 
     Returns:
         The finished run.
@@ -86,7 +87,7 @@ def train(
     else:
         files = [Path(config)] if isinstance(config, str | Path) else [Path(p) for p in config]
         config = load(files, overrides)
-    with Run(config, sources=files, accept=accept, quiet=quiet, verbose=verbose) as run:
+    with Run(config, sources=files, accept=accept, quiet=quiet, verbose=verbose, step=step) as run:
         run.train(callbacks)
     return run
 
@@ -112,8 +113,9 @@ class Run:
         accept: bool = False,
         quiet: bool = False,
         verbose: bool = False,
+        step: int | None = None,
     ) -> None:
-        self.accept, self.verbose, self._sources = accept, verbose, sources
+        self.accept, self.verbose, self._sources, self.chosen = accept, verbose, sources, step
         ready = prepare_run(config)
         self.config, self.derivation, self.warnings = ready.config, ready.derivation, ready.warnings
         self.tokenizer, self.data, self.world, self.size = ready.tokenizer, ready.data, ready.world, ready.size
@@ -146,8 +148,10 @@ class Run:
             opened.callback(torch.set_flush_denormal, flushes_denormals())
             if self.config.logging.log_dir is not None:
                 opened.enter_context(copied_output(self.config.logging.log_dir, self.world.rank))
+            self.saving = Saving(self)
             begun = self._assemble()
             opened.enter_context(self._open_metrics(begun))
+            opened.enter_context(self.saving)
             self._opened = opened.pop_all()
         return self
 
@@ -180,6 +184,7 @@ class Run:
 
     def record_step(self, stats: StepStats, lr: float, grad_norm: float, seconds: float) -> None:
         """Note one step; write a record every logging.interval steps and at the end."""
+        self.saving.poll()
         self._since.append(seconds)
         if not self._logs(self.step):
             return
@@ -227,49 +232,11 @@ class Run:
         Raises:
             CheckpointNotSaved: it could not be written and `required`; else that is only said, and training goes on.
         """
-        try:
-            path = save_checkpoint(
-                self.checkpoints,
-                self.step,
-                self.store.tensors(),
-                self.state(),
-                keep_last=self.config.checkpoint.keep_last,
-            )
-        except CheckpointNotSaved as error:
-            self.metrics.write("event", self.step, event="checkpoint failed", text=str(error))
-            if required:
-                raise
-            self.console.say(f"WARNING: {error}; training goes on")
-            return
-        self.metrics.write("event", self.step, event="checkpoint", text=path.name)
+        self.saving.save(required)
 
     def seconds(self) -> float:
         """Seconds of training, over all the sittings of this run."""
         return self.seconds_before + time.monotonic() - self._began
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides tensors (docs/contracts.md, section 4)."""
-        return {
-            "version": STATE_VERSION,
-            "step": self.step,
-            "updates": self.updates,
-            "tokens": self.tokens,
-            "seconds": self.seconds(),
-            "config": self.config.model_dump(),
-            "journal": journal_to_json(self.journal),
-            "data": self.data.fingerprints,
-            "train_data": self.data.train_fingerprints,
-            "epochs": self.data.epochs,
-            "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
-            "import": self.imported,
-            "versions": {
-                "castalia": castalia.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "git": self.facts["git"],
-            "command": self.facts["command"],
-        }
 
     # Assembly.
 
