@@ -50,3 +50,64 @@ def test_gptneox_v2_starts_at_zero_and_freezes_early():
     values = rates(100, type="linear", warmup=0.1, arithmetic="gptneox_v2.0")
     assert values[0] == 0.0
     assert values[90] == values[100] == pytest.approx((100 - 80) / 100)
+
+
+@pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 1 - 0.5**0.5)])
+def test_shapes_of_wsd_halfway_through_the_decay(shape, half):
+    values = rates(100, type="wsd", warmup=0.0, decay_share=0.2, decay_shape=shape)
+    assert values[80] == pytest.approx(1.0) and values[90] == pytest.approx(half) and values[100] == pytest.approx(0.0)
+
+
+def test_exponential_decay_of_wsd_ends_at_the_floor():
+    values = rates(100, type="wsd", warmup=0.0, decay_share=0.2, decay_shape="exponential", min_lr=0.1)
+    assert values[80] == pytest.approx(1.0) and values[100] == pytest.approx(0.1)
+    assert values[90] == pytest.approx(0.1 + 0.9 * (0.1 - 0.01) / 0.99)
+
+
+def test_inverse_sqrt_falls_from_the_end_of_the_warmup():
+    values = rates(400, type="inverse_sqrt", warmup_steps=100)
+    assert values[100] == pytest.approx(1.0) and values[400] == pytest.approx(0.5)
+
+
+def test_restarts_grow():
+    values = rates(70, type="cosine_restarts", warmup=0.0, restart_steps=10, restart_factor=2.0, min_lr=0.1)
+    assert [values[n] for n in (0, 10, 30)] == pytest.approx([1.0, 1.0, 1.0])
+    assert values[5] == values[20] == values[50] == pytest.approx(0.55)
+    even = rates(30, type="cosine_restarts", warmup=0.0, restart_steps=10)
+    assert [even[n] for n in (0, 5, 10, 25)] == pytest.approx([1.0, 0.5, 1.0, 0.5])
+
+
+def test_one_cycle_rises_and_falls_as_cosines():
+    values = rates(100, type="one_cycle", warmup_steps=29, warmup_from=0.04, min_lr=0.001)
+    assert (
+        values[14] == pytest.approx(0.52) and values[29] == pytest.approx(1.0) and values[100] == pytest.approx(0.001)
+    )
+
+
+def test_a_range_test_rises_by_equal_factors():
+    values = rates(100, type="range_test", warmup=0.0, min_lr=1e-6, lr=1e-2)
+    assert values[0] == pytest.approx(1e-6) and values[50] == pytest.approx(1e-4) and values[100] == pytest.approx(1e-2)
+
+
+def test_deepspeeds_warmups():
+    log = rates(100, type="constant", warmup_steps=10, warmup_from=0.1, warmup_shape="log", arithmetic="deepspeed")
+    assert log[0] == pytest.approx(0.1) and log[4] == pytest.approx(0.1 + 0.9 * math.log(5) / math.log(10))
+    assert log[9] == log[10] == log[100] == pytest.approx(1.0)
+    linear = rates(100, type="linear", warmup_steps=10, arithmetic="deepspeed")
+    assert linear[5] == pytest.approx(0.5) and linear[55] == pytest.approx(0.5) and linear[100] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"decay_shape": "sqrt"}, "decay_shape"),
+        ({"type": "wsd", "restart_steps": 3}, "restart_steps"),
+        ({"type": "range_test"}, "min_lr"),
+        ({"type": "wsd", "arithmetic": "gptneox_main"}, "arithmetic"),
+        ({"type": "cosine", "arithmetic": "deepspeed"}, "arithmetic"),
+        ({"type": "one_cycle", "warmup_shape": "log"}, "warmup_shape"),
+    ],
+)
+def test_settings_without_use_are_refused(settings, key):
+    with pytest.raises(ValueError, match=key):
+        ScheduleConfig(**settings)

@@ -267,17 +267,55 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate as a function of the step."""
 
-    type: Literal["cosine", "linear", "constant", "wsd", "exponential"] = setting("cosine", "shape after the warm-up")
+    type: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "wsd",
+        "exponential",
+        "inverse_sqrt",
+        "cosine_restarts",
+        "one_cycle",
+        "range_test",
+    ] = setting("cosine", "shape after the warm-up (docs/optimizers.md)")
     warmup: float = setting(0.01, "length of the warm-up as a share of decay_steps", ge=0, le=1)
     warmup_steps: int | None = setting(None, "length of the warm-up in steps, instead of warmup", unit="steps", ge=0)
     decay_steps: int | None = setting(
         None, "steps at which min_lr is reached; null: training.steps", unit="steps", ge=1
     )
+    warmup_shape: Literal["linear", "cosine", "log"] = setting("linear", "how the warm-up rises; one_cycle: a cosine")
+    warmup_from: float = setting(0.0, "the learning rate from which the warm-up rises", ge=0)
     decay_share: float = setting(0.2, "wsd only: share of decay_steps spent on the final decay", gt=0, le=1)
+    decay_shape: Literal["linear", "cosine", "sqrt", "exponential"] = setting("linear", "wsd only: the final decay")
+    restart_steps: int | None = setting(
+        None, "cosine_restarts only: length of the first period; null: the whole decay", unit="steps", ge=1
+    )
+    restart_factor: float = setting(1.0, "cosine_restarts only: each period is so much longer than the last", ge=1)
     min_lr: float = setting(0.0, "the learning rate at the end", ge=0)
-    arithmetic: Literal["native", "gptneox_main", "gptneox_v2.0"] = setting(
+    arithmetic: Literal["native", "gptneox_main", "gptneox_v2.0", "deepspeed"] = setting(
         "native", "whose formula: translated GPT-NeoX files keep theirs, so that their curves come out the same"
     )
+
+    @model_validator(mode="after")
+    def _of_use(self) -> ScheduleConfig:
+        own = {"decay_share": "wsd", "decay_shape": "wsd", "restart_steps": "cosine_restarts"}
+        for key, kind in (own | {"restart_factor": "cosine_restarts"}).items():
+            if self.type != kind and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"schedule.{key} is of use to schedule.type {kind} alone, not to {self.type}")
+        if self.type == "range_test" and self.min_lr <= 0:
+            raise ValueError("schedule.min_lr must be above 0 with schedule.type range_test, which rises from there")
+        if self.arithmetic != "native":
+            theirs = ("constant", "linear") if self.arithmetic == "deepspeed" else ("constant", "linear", "cosine")
+            known = theirs if self.arithmetic == "deepspeed" else (*theirs, "exponential")
+            if self.type not in known:
+                raise ValueError(f"schedule.type {self.type} has no schedule.arithmetic {self.arithmetic}: use native")
+            if self.arithmetic != "deepspeed" and (self.warmup_from or self.warmup_shape != "linear"):
+                raise ValueError(f"schedule.warmup_from and warmup_shape are not for arithmetic {self.arithmetic}")
+            if self.arithmetic == "deepspeed" and (self.warmup_shape == "cosine" or self.min_lr):
+                raise ValueError("schedule.arithmetic deepspeed has warm-ups linear or log, and no schedule.min_lr")
+        if self.type == "one_cycle" and self.warmup_shape != "linear":
+            raise ValueError("schedule.warmup_shape is not for one_cycle, whose warm-up is a cosine")
+        return self
 
 
 class LossConfig(Section):

@@ -9,24 +9,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from castalia.config import ScheduleConfig
 
-Shape = Callable[[float, ScheduleConfig], float]
+
+class Point(NamedTuple):
+    """Where an update lies: updates after the warm-up, updates of the decay, updates of the warm-up."""
+
+    after: float
+    span: float
+    warm: float
+
+    @property
+    def progress(self) -> float:
+        """Share of the decay that is over, 0 to 1."""
+        return min(1.0, self.after / self.span)
 
 
-def _wsd(progress: float, cfg: ScheduleConfig) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): one until the last `decay_share`, then linear to zero."""
-    return min(1.0, (1.0 - progress) / cfg.decay_share)
+Shape = Callable[[Point, ScheduleConfig], float]
 
 
-# progress in 0..1 after the warm-up -> share of (lr - min_lr) that is left.
+# progress 0..1 of the last part of a wsd schedule -> share that is left; sqrt is that of Haegele et al. 2024.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda p: 1.0 - p,
+    "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+    "sqrt": lambda p: 1.0 - math.sqrt(p),
+    "exponential": lambda p: (0.01**p - 0.01) / 0.99,  # to a hundredth, and the rest taken off evenly
+}
+
+
+def _wsd(at: Point, cfg: ScheduleConfig) -> float:
+    """Warm-up, stable, decay (Hu et al. 2024): one until the last `decay_share`, then down to zero."""
+    return DECAYS[cfg.decay_shape](max(0.0, 1.0 - (1.0 - at.progress) / cfg.decay_share))
+
+
+def _restarts(at: Point, cfg: ScheduleConfig) -> float:
+    """Cosine with warm restarts (SGDR, Loshchilov & Hutter 2017): periods grow by `restart_factor`."""
+    period, begun = float(cfg.restart_steps or at.span), 0.0
+    if cfg.restart_factor > 1:  # the number of whole periods that are over, from the sum of a geometric series
+        ratio = cfg.restart_factor
+        count = math.floor(math.log(at.after / period * (ratio - 1) + 1, ratio) + 1e-9)
+        begun, period = period * (ratio**count - 1) / (ratio - 1), period * ratio**count
+    return DECAYS["cosine"](math.fmod(at.after - begun, period) / period)
+
+
+def _inverse_sqrt(at: Point, cfg: ScheduleConfig) -> float:
+    """Vaswani et al. 2017: with the root of the number of updates, from the end of the warm-up on."""
+    warm = max(at.warm, 1.0)
+    return math.sqrt(warm / (warm + at.after))
+
+
+# Where an update lies -> share of (lr - min_lr) that is left.
 SCHEDULES: dict[str, Shape] = {
-    "cosine": lambda p, _: 0.5 * (1.0 + math.cos(math.pi * p)),
-    "linear": lambda p, _: 1.0 - p,
-    "constant": lambda p, _: 1.0,
-    "exponential": lambda p, _: math.exp(-math.log(2.0) * p),
+    "cosine": lambda at, _: DECAYS["cosine"](at.progress),
+    "one_cycle": lambda at, _: DECAYS["cosine"](at.progress),
+    "linear": lambda at, _: 1.0 - at.progress,
+    "constant": lambda at, _: 1.0,
+    "exponential": lambda at, _: math.exp(-math.log(2.0) * at.progress),
     "wsd": _wsd,
+    "cosine_restarts": _restarts,
+    "inverse_sqrt": _inverse_sqrt,
+    # Smith 2017: up by equal factors, to see where the loss falls fastest and where it breaks.
+    "range_test": lambda at, cfg: at.progress,
+}
+
+# progress 0..1 of the warm-up -> share of the way to the peak.
+RISES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda p, warm: p,
+    "cosine": lambda p, warm: 0.5 * (1.0 - math.cos(math.pi * p)),
+    "log": lambda p, warm: math.log(p * (warm + 1) + 1) / math.log(warm + 2),
 }
 
 
@@ -43,15 +95,30 @@ def learning_rate(done: int, lr: float, cfg: ScheduleConfig, steps: int) -> floa
     warm = float(cfg.warmup_steps) if cfg.warmup_steps is not None else cfg.warmup * horizon
     if cfg.arithmetic == "native":
         return _native(done, lr, cfg, horizon, warm)
+    if cfg.arithmetic == "deepspeed":
+        return _deepspeed(done, lr, cfg, horizon, warm)
     return (_gptneox_main if cfg.arithmetic == "gptneox_main" else _gptneox_v2)(done, lr, cfg, horizon, warm)
 
 
 def _native(done: int, lr: float, cfg: ScheduleConfig, horizon: int, warm: float) -> float:
     if done < warm:
-        return lr * (done + 1) / (warm + 1)
-    progress = min(1.0, (done - warm) / max(horizon - warm, 1.0))
-    floor = 0.0 if cfg.type in ("constant", "exponential") else cfg.min_lr
-    return max(cfg.min_lr, floor + (lr - floor) * SCHEDULES[cfg.type](progress, cfg))
+        shape = "cosine" if cfg.type == "one_cycle" else cfg.warmup_shape
+        return cfg.warmup_from + (lr - cfg.warmup_from) * RISES[shape]((done + 1) / (warm + 1), warm)
+    left = SCHEDULES[cfg.type](Point(done - warm, max(horizon - warm, 1.0), warm), cfg)
+    if cfg.type == "range_test":
+        return float(cfg.min_lr * (lr / cfg.min_lr) ** left)
+    floor = 0.0 if cfg.type in ("constant", "exponential", "inverse_sqrt") else cfg.min_lr
+    return max(cfg.min_lr, floor + (lr - floor) * left)
+
+
+def _deepspeed(done: int, lr: float, cfg: ScheduleConfig, horizon: int, warm: float) -> float:
+    """DeepSpeed's WarmupLR (constant) and WarmupDecayLR (linear): the first update has `warmup_from`."""
+    warm = max(warm, 2.0)
+    if done < warm:
+        share = math.log(done + 1) / math.log(warm) if cfg.warmup_shape == "log" else done / warm
+    else:
+        share = 1.0 if cfg.type == "constant" else max(0.0, (horizon - done) / max(1.0, horizon - warm))
+    return cfg.warmup_from + (lr - cfg.warmup_from) * share
 
 
 def _gptneox_main(done: int, lr: float, cfg: ScheduleConfig, horizon: int, warm: float) -> float:
