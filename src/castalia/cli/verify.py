@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from castalia.cli import split_settings
 
 if TYPE_CHECKING:
-    from castalia.tools.verify import Verdict
+    from castalia.tools.verify_compare import Verdict
 
 DEFAULT = "dp2,zero1,zero2,zero3,tp2,tp2sp,cp2"
 
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and print a table; 4 where something differs."""
     from castalia.config import load
     from castalia.errors import UserError
-    from castalia.tools.verify import FAULTS, LAYOUTS, refusal, verify_layouts, verify_resume
+    from castalia.tools.verify import LAYOUTS, refusal, verify_layouts, verify_resume
+    from castalia.tools.verify_faults import FAULTS
 
     files, overrides = split_settings(args.settings)
     config = load(files, overrides)
@@ -65,7 +66,8 @@ def _values(verdict: Verdict) -> dict[str, object]:
     numbers = ("loss", "norm", "gradient", "weight")
     values = {name: getattr(verdict, name) for name in numbers}
     values = {name: value if value < float("inf") else None for name, value in values.items()}
-    same = {"layout": verdict.layout, "processes": verdict.processes, "good": verdict.good, "first": verdict.first}
+    same = {"layout": verdict.layout, "processes": verdict.processes, "good": verdict.good}
+    same |= {"first": verdict.first, "guilty": verdict.guilty}
     return same | values
 
 
@@ -74,7 +76,7 @@ def _table(verdicts: list[Verdict]) -> None:
     print(f"{'layout':<{width}}  procs     loss     norm gradient  weights   (largest relative differences)")
     for v in verdicts:
         numbers = "  ".join(f"{x:7.1e}" for x in (v.loss, v.norm, v.gradient, v.weight))
-        said = "equal" if v.good else f"DIFFERS, first in {v.first or 'the loss'}"
+        said = "equal" if v.good else f"DIFFERS, look at {v.guilty or v.first or 'the loss'}"
         print(f"{v.layout:<{width}}  {v.processes:>5}  {numbers}  {said}")
     if not all(v.good for v in verdicts):
         print("some layouts do not train as one process does", file=sys.stderr)

@@ -203,7 +203,8 @@ def _rank(findings: Path, device: str | None) -> None:
 def _layout(layout: str, world: World) -> tuple[bool, str]:
     """Train a small model under a layout; the first rank also alone, and compares."""
     from castalia.parallel.check import gather_bytes
-    from castalia.tools.verify import STEPS, TOLERANCE, compare, shrink, train_small, with_settings
+    from castalia.tools.verify import STEPS, TOLERANCE, shrink, train_small, with_settings
+    from castalia.tools.verify_compare import compare
 
     n = world.size
     settings: dict[str, Any] = {

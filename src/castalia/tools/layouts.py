@@ -8,7 +8,9 @@ from pathlib import Path
 
 from castalia.config import load
 from castalia.errors import CheckFailed
-from castalia.tools.verify import FAULTS, LAYOUTS, TOLERANCE, Verdict, refusal, verify_layouts, verify_resume
+from castalia.tools.verify import LAYOUTS, TOLERANCE, refusal, verify_layouts, verify_resume
+from castalia.tools.verify_compare import Verdict
+from castalia.tools.verify_faults import FAULTS
 
 MODELS: dict[str, tuple[str, ...]] = {
     "rotary, parallel residual, dropout": (
@@ -55,7 +57,7 @@ def certify_layouts(folder: Path) -> str:
         for name in FAULTY:
             (verdict,) = verify_layouts(load([path]), [name], fault=fault, timeout=300)
             # One rank has nothing to reduce or to average in these.
-            faults.append((fault, name, "found, first in " + verdict.first if verdict.first else "changes nothing"))
+            faults.append((fault, name, f"found: {verdict.guilty}" if verdict.guilty else "changes nothing"))
     from castalia.tools.certify import table
 
     said = f"Largest relative differences, at most {TOLERANCE:g}. `a -> b`: killed under a, gone on under b.\n\n"

@@ -5,18 +5,17 @@
                                                                    └─ compare each part with its rectangle
 
 Every rank's every part is compared, so copies that drift apart are found too. The first step's
-gradients are compared before clipping, weights after some updates. What differs is named in the
-order in which a forward pass goes through the model, so that the first name is where to look.
+gradients are compared before clipping, weights after some updates. Where something differs, both run
+again under watch, and the module that makes the difference is named (verify_modules.py).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +31,9 @@ from castalia.parallel.layout import layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.testing import WorkerFailed, run_in_processes
 from castalia.parallel.world import World
+from castalia.tools.verify_compare import Trace, Verdict, compare
+from castalia.tools.verify_faults import FAULTS
+from castalia.tools.verify_modules import Watched, guilty
 
 TOLERANCE = 1e-5
 STEPS = 3
@@ -63,55 +65,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Name -> processes and settings of `parallel:`."""
 
-Part = tuple[np.ndarray, tuple[int, ...]]
-"""A rectangle of a tensor, and where it begins."""
-
-
-@dataclass
-class Trace:
-    """What one rank saw and holds.
-
-    Attributes:
-        losses, norms: of each step.
-        gradients: of the first step, by parameter.
-        weights: after the last step.
-        shapes: of the whole parameters.
-        samples: numbers of the samples that it read, of each step.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    gradients: dict[str, Part] = field(default_factory=dict)
-    weights: dict[str, Part] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    samples: list[list[int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How far a layout is from one process.
-
-    Attributes:
-        layout, processes: which.
-        loss, norm, gradient, weight: largest relative differences.
-        first: the first parameter, in the order of the forward pass, beyond the tolerance; None if none is.
-        tolerance: what is allowed.
-    """
-
-    layout: str
-    processes: int
-    loss: float
-    norm: float
-    gradient: float
-    weight: float
-    first: str | None
-    tolerance: float
-
-    @property
-    def good(self) -> bool:
-        """Whether all differences are within the tolerance."""
-        return all(x <= self.tolerance for x in (self.loss, self.norm, self.gradient, self.weight))
-
 
 def verify_layouts(
     config: Config, names: Sequence[str], tolerance: float = TOLERANCE, fault: str | None = None, timeout: float = 120.0
@@ -137,7 +90,15 @@ def verify_layouts(
     for name, processes, settings in wanted:
         spread = with_settings(small, settings)
         traces = run_in_processes(processes, train_small, spread, STEPS, fault, timeout=timeout)
-        verdicts.append(compare(name, expected, traces, tolerance))
+        verdict = compare(name, expected, traces, tolerance)
+        if not verdict.good:  # again, with a look at every module
+            more = (STEPS, fault, None, None, True)
+            alone = run_in_processes(
+                1, train_small, small, STEPS, None, None, None, True, timeout=timeout, joined=False
+            )
+            watched = run_in_processes(processes, train_small, spread, *more, timeout=timeout)
+            verdict = replace(verdict, guilty=guilty(alone[0], watched, tolerance))
+        verdicts.append(verdict)
     return verdicts
 
 
@@ -256,6 +217,7 @@ def train_small(
     fault: str | None = None,
     folder: Path | None = None,
     die_at: int | None = None,
+    watch: bool = False,
 ) -> Trace:
     """In each process: train on invented text and note everything.
 
@@ -264,6 +226,7 @@ def train_small(
         fault: one of FAULTS to plant.
         folder: of checkpoints: go on from the newest one, if there is one.
         die_at: save after this step, and let the last rank kill itself in the next one.
+        watch: also note what every module does in the first step, which takes memory.
     """
     from castalia.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
     from castalia.data.loader import Loader, Shard
@@ -276,6 +239,7 @@ def train_small(
     parts = assemble(config, mesh)
     if fault is not None:
         FAULTS[fault](parts)
+    watched = Watched(parts.model, config.model.hidden_size) if watch else None
     plan = RunPlan(config.training.batch_size, config.data.seq_length, steps)
     shard = Shard(mesh.data_rank, mesh.layout.data)
     source = InventedText(config.data.seq_length, config.model.vocab_size or 2)
@@ -299,6 +263,10 @@ def train_small(
         norm = parts.store.gradient_norm()
         if step == first:
             trace.gradients = {n: parts.part(n, g) for n, g in parts.store.gradients().items()}
+            if watched is not None:
+                stretch = config.data.seq_length // mesh.layout.context
+                place = (mesh.index("context"), mesh.index("tensor"))
+                trace.modules, watched = watched.seen(len(batches), stretch, *place), None
         trace.losses.append(stats.loss)
         trace.norms.append(norm.item())
         lr = learning_rate(step, config.optimizer.lr, config.schedule, steps)
@@ -335,79 +303,3 @@ class InventedText:
 
     def __len__(self) -> int:
         return 1 << 30
-
-
-def compare(name: str, expected: Trace, traces: Sequence[Trace], tolerance: float) -> Verdict:
-    """Hold what every rank saw and holds against one process."""
-    loss = max(_relative(np.array(t.losses), np.array(expected.losses)) for t in traces)
-    norm = max(_relative(np.array(t.norms), np.array(expected.norms)) for t in traces)
-    worst = {"gradients": 0.0, "weights": 0.0}
-    first = None
-    for kind in worst:
-        whole: dict[str, Part] = getattr(expected, kind)
-        everything = max((np.abs(value).max() for value, _ in whole.values()), default=0.0)
-        for parameter in sorted(whole, key=_depth):
-            reference = whole[parameter][0]
-            scale = max(float(np.abs(reference).max()), 1e-3 * float(everything))
-            seen = np.zeros(reference.shape, bool)
-            difference = 0.0
-            for trace in traces:
-                if parameter not in getattr(trace, kind):
-                    continue
-                value, offset = getattr(trace, kind)[parameter]
-                region = tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))
-                seen[region] = True
-                if value.size:
-                    apart = float(np.abs(value - reference[region]).max()) / scale
-                    difference = max(difference, apart if np.isfinite(apart) else np.inf)
-            if not seen.all():
-                difference = np.inf
-            worst[kind] = max(worst[kind], difference)
-            if difference > tolerance and first is None:
-                first = f"{parameter} ({kind})"
-    return Verdict(name, len(traces), loss, norm, worst["gradients"], worst["weights"], first, tolerance)
-
-
-def _relative(value: np.ndarray, reference: np.ndarray) -> float:
-    apart = float((np.abs(value - reference) / np.maximum(np.abs(reference), 1e-12)).max())
-    return apart if np.isfinite(apart) else np.inf
-
-
-def _depth(name: str) -> tuple[int, int, str]:
-    """Where a parameter is met in a forward pass."""
-    layer = re.match(r"layers\.(\d+)\.", name)
-    if layer:
-        order = ("attention_norm", "attention.qkv", "attention.qk_norm", "attention", "mlp_norm", "mlp.up", "mlp")
-        rest = name[layer.end() :]
-        place = next((i for i, part in enumerate(order) if rest.startswith(part)), len(order))
-        return 1 + int(layer[1]), place, name
-    return (0 if "embedding" in name or name.startswith(("relative", "soft")) else 1 << 30), 0, name
-
-
-# Bugs that parallel code is known for; `castalia verify layouts --plant` shows that they are found.
-
-
-def _drop_reduction(parts: Any) -> None:
-    parts.store.reduce = lambda: None
-
-
-def _average_loss(parts: Any) -> None:
-    parts.count = lambda tokens: tokens * parts.mesh.layout.data
-
-
-def _shift_shard(parts: Any) -> None:
-    import torch
-
-    name = "layers.1.mlp.up.weight"
-    with torch.no_grad():
-        tensor = parts.store.tensors()[f"model.{name}"]
-        local = getattr(tensor, "local", tensor)
-        local.copy_(local.roll(1, 0))
-    parts.store.refresh()
-
-
-FAULTS: dict[str, Callable[[Any], None]] = {
-    "dropped_all_reduce": _drop_reduction,
-    "averaged_loss": _average_loss,
-    "wrong_shard": _shift_shard,
-}
