@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the sizes."""
     from castalia.config import load, notes
-    from castalia.config.curriculum import row_tokens
+    from castalia.config.curriculum import trained_tokens
     from castalia.config.derive import derive
     from castalia.model.size import model_size
     from castalia.tools.plan import tokenizer_vocabulary
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     full, derivation = derive(config, tokenizer_vocabulary(config))
     size = model_size(full)
     steps = full.training.steps or 0
-    tokens = full.training.batch_size * row_tokens(full.data, steps)
+    tokens = trained_tokens(full, steps)
     state = size.weight_bytes + size.gradient_bytes + size.optimizer_bytes + size.working_bytes
     answer = {
         "name": full.name,

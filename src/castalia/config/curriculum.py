@@ -15,7 +15,8 @@ import math
 from bisect import bisect_left
 from functools import partial
 
-from castalia.config.schema import DataConfig
+from castalia.config.ramp import run_samples
+from castalia.config.schema import Config, DataConfig
 
 
 def sequence_length(data: DataConfig, step: int) -> int:
@@ -41,3 +42,10 @@ def row_tokens(data: DataConfig, steps: int) -> int:
     last = length(steps - 1)
     settled = bisect_left(range(steps), last, key=length)  # lengths never fall
     return sum(map(length, range(settled))) + (steps - settled) * last
+
+
+def trained_tokens(config: Config, steps: int) -> int:
+    """Tokens that the batches of the first `steps` steps read."""
+    if config.data.curriculum == "none":
+        return run_samples(config, steps) * config.data.seq_length
+    return config.training.batch_size * row_tokens(config.data, steps)

@@ -16,6 +16,7 @@ from typing import Any
 
 from castalia.config.fields import flat
 from castalia.config.load import Tree, check
+from castalia.config.ramp import levels, steps_for
 from castalia.config.schema import Config
 from castalia.config.yaml12 import Origin
 from castalia.errors import UserError
@@ -77,12 +78,15 @@ def _training(config: Config, out: _Derivation) -> None:
     steps = training.steps
     if steps is None:
         tokens = training.tokens or 0
-        steps = -(-tokens // per_step)
+        steps = steps_for(levels(training), -(-tokens // config.data.seq_length))
+        ramp = f", from {training.batch_ramp_start} on as training.batch_ramp_start says" * bool(
+            training.batch_ramp_start
+        )
         out.fill(
             "training.steps",
             steps,
             f"training.tokens {tokens:,} / ({training.batch_size} sequences "
-            f"x {config.data.seq_length} tokens = {per_step:,} a step), rounded up",
+            f"x {config.data.seq_length} tokens = {per_step:,} a step{ramp}), rounded up",
         )
     out.fill("training.micro_batch_size", training.batch_size, "the whole batch of training.batch_size at once")
     out.fill("schedule.decay_steps", max(steps, 1), "the decay lasts as long as the training, training.steps")

@@ -180,6 +180,11 @@ class TrainingConfig(Section):
     steps: int | None = setting(None, "optimizer steps; or give tokens", unit="steps", ge=0)
     tokens: int | None = setting(None, "train for this many tokens (rounded up to whole steps); or give steps", ge=1)
     batch_size: int = setting(32, "sequences per optimizer step, over all devices", unit="sequences", ge=1)
+    batch_ramp_start: int | None = setting(
+        None, "sequences per step at first, growing to batch_size; null: batch_size throughout", unit="sequences", ge=1
+    )
+    batch_ramp_increment: int | None = setting(None, "by how much they grow at a time", unit="sequences", ge=1)
+    batch_ramp_samples: int | None = setting(None, "when they have grown to batch_size", unit="sequences", ge=1)
     micro_batch_size: int | None = setting(
         None, "sequences per forward pass and device; null: the whole batch", "performance", "sequences", ge=1
     )
@@ -201,6 +206,21 @@ class TrainingConfig(Section):
                 f"training.batch_size {self.batch_size} is not a multiple of "
                 f"training.micro_batch_size {self.micro_batch_size}"
             )
+        ramp = (self.batch_ramp_start, self.batch_ramp_increment, self.batch_ramp_samples)
+        if any(value is not None for value in ramp):
+            start, by, samples = ramp
+            if start is None or by is None or samples is None:
+                raise ValueError("give all of training.batch_ramp_start, batch_ramp_increment and batch_ramp_samples")
+            if start >= self.batch_size or (self.batch_size - start) % by:
+                raise ValueError(
+                    f"training.batch_ramp_start {start} does not reach batch_size {self.batch_size} in steps of {by}"
+                )
+            micro = self.micro_batch_size
+            if micro is None or start % micro or by % micro:
+                raise ValueError(
+                    f"training.batch_ramp_start {start} and batch_ramp_increment {by} must be multiples of "
+                    "training.micro_batch_size, which must be given"
+                )
         return self
 
 
@@ -424,6 +444,8 @@ class Config(Section):
         if self.loss.mtp != LossConfig.model_fields["mtp"].default and not self.model.mtp_depth:
             raise ValueError("loss.mtp weighs what model.mtp_depth predicts: give model.mtp_depth, or leave it out")
         self._addressable()
+        if self.training.batch_ramp_start is not None and self.data.curriculum != "none":
+            raise ValueError("training.batch_ramp_start and data.curriculum do not go together: give one of them")
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self

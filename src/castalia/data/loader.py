@@ -130,7 +130,8 @@ class Loader:
         self.document_mask = document_mask
         self.exclusions = exclusions
         self.mask_eod = eod if eod_mask_loss else None
-        self.sample_numbers(StepSpec(0, 0, plan.batch_size, plan.seq_length))  # refuse a bad division now
+        for size in plan.sizes:
+            self.sample_numbers(StepSpec(0, 0, size, plan.seq_length))  # refuse a bad division now
 
     def sample_numbers(self, spec: StepSpec) -> np.ndarray:
         """Numbers of this rank's samples of a step: int64 [micro-steps, micro_batch_size]."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from castalia.config.ramp import Level, batch_size, samples_before
 from castalia.errors import UserError
 
 
@@ -123,6 +124,7 @@ class RunPlan:
         steps: optimizer steps of the whole run.
         journal: amendments made during the run, in the order of their making.
         lengths: tokens of each sequence of a step, 1 to seq_length; None: always seq_length.
+        levels: batch sizes that lead up to batch_size; None: it holds throughout.
     """
 
     batch_size: int
@@ -130,6 +132,7 @@ class RunPlan:
     steps: int
     journal: tuple[Amendment, ...] = ()
     lengths: Callable[[int], int] | None = None
+    levels: tuple[Level, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.seq_length < 1 or self.steps < 0:
@@ -144,9 +147,19 @@ class RunPlan:
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a run of {self.steps} steps")
-        skipped = sum(entry.num_steps for entry in self.journal if isinstance(entry, Skip) and entry.from_step <= step)
+        sizes = self.levels or (Level(0, 0, self.batch_size),)
+        skipped = sum(
+            samples_before(sizes, entry.from_step + entry.num_steps) - samples_before(sizes, entry.from_step)
+            for entry in self.journal
+            if isinstance(entry, Skip) and entry.from_step <= step
+        )
         length = self.seq_length if self.lengths is None else self.lengths(step)
-        return StepSpec(step, (step + skipped) * self.batch_size, self.batch_size, length)
+        return StepSpec(step, samples_before(sizes, step) + skipped, batch_size(sizes, step), length)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch sizes of the run, in order."""
+        return tuple(level.size for level in self.levels or ()) or (self.batch_size,)
 
     @property
     def num_samples(self) -> int:

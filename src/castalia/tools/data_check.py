@@ -18,6 +18,7 @@ import numpy as np
 
 from castalia.config import Config, load
 from castalia.config.derive import derive
+from castalia.config.ramp import run_samples
 from castalia.data.blend import weights_by_num_documents
 from castalia.data.order import split_documents
 from castalia.data.sample import PackedDataset
@@ -267,7 +268,7 @@ def forecast(config: Config) -> list[dict[str, Any]]:
     if data.weights_alpha is not None and data.path is None:
         weights = weights_by_num_documents([len(store) for store in stores], data.weights_alpha, data.weights_formula)
     labels: list[str] | list[str | None] = data.train_label_paths or [data.label_path] * len(prefixes)
-    samples = (config.training.steps or 0) * config.training.batch_size
+    samples = run_samples(config, config.training.steps or 0)
     rows = []
     for prefix, store, weight, label in zip(prefixes, stores, weights, labels, strict=True):
         low, high = split_documents(len(store), data.split)[0] if data.path is not None else (0, len(store))

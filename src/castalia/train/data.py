@@ -15,6 +15,7 @@ import numpy as np
 
 from castalia.config import Config
 from castalia.config.curriculum import sequence_length
+from castalia.config.ramp import levels, run_samples
 from castalia.data.blend import blend_requests, weights_by_num_documents
 from castalia.data.blend_tree import ComputedBlend
 from castalia.data.exclusions import excluded_documents
@@ -150,7 +151,7 @@ def run_plan(config: Config, steps: int, journal: tuple[Amendment, ...]) -> RunP
     """Which samples each step of a run takes, and how much of them."""
     data = config.data
     lengths = None if data.curriculum == "none" else partial(sequence_length, data)
-    return RunPlan(config.training.batch_size, data.seq_length, steps, journal, lengths)
+    return RunPlan(config.training.batch_size, data.seq_length, steps, journal, lengths, levels(config.training))
 
 
 def repeats(data: RunData) -> list[str]:
@@ -203,7 +204,7 @@ def sample_counts(config: Config, steps: int) -> dict[str, int]:
     valid = once if evaluation.at_end else 0
     if evaluation.interval:
         valid = evaluation_samples(steps, evaluation.interval, evaluation.batches, batch, evaluation.continuing)
-    return {"train": steps * batch, "valid": valid, "test": once if evaluation.test_at_end else 0}
+    return {"train": run_samples(config, steps), "valid": valid, "test": once if evaluation.test_at_end else 0}
 
 
 def _prefixes(config: Config) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 
 from castalia.checkpoint import RunLock
 from castalia.config import Config, load, notes, remarks
-from castalia.config.curriculum import row_tokens
+from castalia.config.curriculum import trained_tokens
 from castalia.data.exclusions import Exclusions, with_exclusions
 from castalia.data.loader import Loader, Shard
 from castalia.data.plan import Amendment, Exclude, RunPlan
@@ -201,6 +201,7 @@ class Run:
             grad_norm=grad_norm,
             skipped=self.step - self.updates or None,
             seq_length=None if curriculum == "none" else self.loader.plan.at(self.step - 1).seq_length,
+            batch_size=None if not self.loader.plan.sizes[1:] else self.loader.plan.at(self.step - 1).num_samples,
             tokens_per_second=rate,
             mfu=rate * self.size.flops_per_token / (self.peak_flops * self.world.size),
             seconds=self.seconds(),
@@ -321,7 +322,7 @@ class Run:
         unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
         if unsaid:
             say(f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`")
-        tokens = cfg.training.batch_size * row_tokens(cfg.data, self.steps)
+        tokens = trained_tokens(cfg, self.steps)
         unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
             f"{cfg.name}: {human(size.total_parameters)} parameters "

@@ -27,7 +27,7 @@ from castalia.checkpoint import (
 )
 from castalia.checkpoint.layout import MANIFEST, step_of
 from castalia.config import StartConfig
-from castalia.config.curriculum import row_tokens
+from castalia.config.curriculum import trained_tokens
 from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
 from castalia.train.resume import changes, check_version, go_on
@@ -178,7 +178,7 @@ def _from_gptneox(run: Run, path: Path, cfg: StartConfig) -> tuple[int, str, tup
             run,
             theirs.iteration,
             updates,
-            run.config.training.batch_size * row_tokens(run.config.data, theirs.iteration),
+            trained_tokens(run.config, theirs.iteration),
         )
     else:
         go_on(run, 0, 0, 0)
