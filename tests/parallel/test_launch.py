@@ -169,3 +169,27 @@ def test_a_rank_without_a_supervisor_ends_itself(capfd):
     bare = {name: value for name, value in os.environ.items() if name != "CASTALIA_FAILURES"}
     assert subprocess.run([sys.executable, "-c", alone], env=bare, timeout=60).returncode == 1
     assert "Timeout" in capfd.readouterr().err
+
+
+STOPS = """
+import os, pathlib, signal, sys, time
+from castalia.parallel.agent import exit_code_of_stop
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_code_of_stop()))
+(folder / ("ready" + os.environ["RANK"])).touch()
+time.sleep(600)
+"""
+
+
+def test_an_agent_that_is_told_to_stop_leaves_as_the_run_does(tmp_path):
+    (tmp_path / "rank.py").write_text(STOPS)
+    agent = [sys.executable, "-m", "castalia.parallel.agent", "--nproc-per-node", "2", "--max-restarts", "3"]
+    # Port 0: any that is free.
+    agent += ["--master-port", "0", str(tmp_path / "rank.py"), str(tmp_path)]
+    job = subprocess.Popen(agent, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert job.poll() is None
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 3 and "Traceback" not in said

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
     ("verb", "overlay", "first"),
     [
         ("hosts", "ssh", "ssh -o BatchMode=yes node-1"),
-        ("mpi", "mpi", "mpirun -n 16"),
+        ("mpi", "mpi", "cat > runs/demo/launch/hosts <<'END'\nnode-1 slots=8\nnode-2 slots=8\nEND\nmpirun -n 16"),
         ("slurm", "slurm", "#!/bin/bash"),
         ("kubernetes", "kubernetes", "apiVersion: v1"),
     ],

@@ -107,7 +107,7 @@ def test_a_host_that_fails_ends_the_others(cluster):
     codes = run_all(host_commands(config(), ["run.yml"], {}), lines.append, stop)
     assert codes == {"n1": 3, "n2": 7}, "n1 was asked to save and stop"
     assert stopped and all(codes == {"n1": 0, "n2": 0} for codes in stopped)
-    assert "n1: saved" in lines and any(line.startswith("n2: n2 args: -m torch.distributed.run") for line in lines)
+    assert "n1: saved" in lines and any(line.startswith("n2: n2 args: -m castalia.parallel.agent") for line in lines)
 
 
 def test_stop_ends_this_run_alone(cluster):
@@ -213,7 +213,7 @@ def test_kubernetes(cluster):
 def test_the_verb(cluster, capsys):
     Path("quick").touch()
     assert main(["launch", "hosts", "run.yml", "training.steps=5"]) == 0
-    assert "n2: n2 args: -m torch.distributed.run" in capsys.readouterr().err
+    assert "n2: n2 args: -m castalia.parallel.agent" in capsys.readouterr().err
     Path("quick").unlink()
     Path("fail-n1").touch()
     Path("fail-n2").touch()

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         hang_timeout = config.performance.hang_timeout
         return supervise([sys.executable, "-m", "castalia", "train", *args.settings, *flags], procs, hang_timeout)
 
+    from castalia.parallel.agent import exit_code_of_stop
     from castalia.parallel.launch import noted_failure
     from castalia.tools.report import write_report
     from castalia.train.loop import Stopped
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"castalia: {stop}", file=sys.stderr, flush=True)
         if args.json:
             print(json.dumps({"stopped": str(stop)}))
-        return 3
+        return exit_code_of_stop()
     if not done.first:
         return 0
     report = None

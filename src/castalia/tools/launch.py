@@ -1,6 +1,6 @@
 """A configuration and its `launch` section -> the processes of a run, on the hosts that share it.
 
-    hosts        ssh or pdsh: on each host  torchrun --node-rank i ... -m castalia train FILES
+    hosts        ssh or pdsh: on each host  torchrun (parallel/agent.py) -m castalia train FILES
     mpi          mpirun or mpiexec: on each slot  python -m castalia train FILES
     slurm        an sbatch file (launch_files.py)
     kubernetes   a Job and a Service (launch_files.py)
@@ -149,7 +149,7 @@ def _host_script(
     if launch.visible_devices and (launch.include or launch.exclude):
         variables = {**variables, launch.visible_devices: ",".join(map(str, slots))}
     run = [
-        *(launch.python or sys.executable, "-m", "torch.distributed.run"),
+        *(launch.python or sys.executable, "-m", "castalia.parallel.agent"),
         *("--nnodes", str(len(hosts)), "--node-rank", node_rank, "--nproc-per-node", str(len(slots))),
         *("--master-addr", address, "--master-port", str(launch.master_port)),
         *("--max-restarts", str(launch.max_restarts), "-m", *train_command(config, arguments, "torchrun")),

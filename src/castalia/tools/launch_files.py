@@ -87,7 +87,7 @@ def kubernetes_file(config: Config, arguments: Sequence[str], files: dict[str, s
         raise UserError("launch.image is not set: name the container image, for example one built from containers/")
     name = job_name(config).replace("_", "-")[:52].strip("-")
     run = [
-        *("python", "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(procs)),
+        *("python", "-m", "castalia.parallel.agent", "--nnodes", str(nodes), "--nproc-per-node", str(procs)),
         *("--node-rank", "$(JOB_COMPLETION_INDEX)", "--master-addr", f"{name}-0.{name}"),
         *("--master-port", str(launch.master_port), "--max-restarts", str(launch.max_restarts)),
         *("-m", *train_command(config, arguments, "torchrun")),
