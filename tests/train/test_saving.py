@@ -251,3 +251,17 @@ def test_a_model_that_computes_something_else_is_refused(tiny_values, setting):
     value = {"rotary_base": 10_100, "norm_epsilon": 1e-2}[setting]
     with pytest.raises(UserError, match=r"computes other logits .* checkpoint.validate_forward=false"):
         train(changed(tiny_values, model={setting: value}, checkpoint={"validate_forward": True}), accept=True)
+
+
+def test_no_run_goes_on_in_a_slim_copy_but_one_may_begin_from_it(tiny_values, tmp_path):
+    from castalia.tools.checkpoints import slim
+
+    run = train(Config.model_validate(tiny_values), quiet=True)
+    slim(run.directory, tmp_path / "slim")
+    with pytest.raises(UserError, match="holds weights alone, so no run goes on from it"):
+        train(changed(tiny_values | {"output": str(tmp_path / "slim")}, training={"steps": 14}), quiet=True)
+    fresh = tiny_values | {"output": str(tmp_path / "fresh")}
+    with pytest.raises(UserError, match="set start.optimizer=false"):
+        train(changed(fresh, start={"path": str(tmp_path / "slim")}), quiet=True)
+    begun = train(changed(fresh, start={"path": str(tmp_path / "slim"), "optimizer": False}), quiet=True)
+    assert begun.step == 12

@@ -33,7 +33,8 @@ VERBS = {
     "config": "show, explain, check, compare and convert configurations",
     "doctor": "does this machine compute and communicate as it should?",
     "launch": "start a run on several hosts: ssh, pdsh, MPI, Slurm, Kubernetes",
-    "verify": "do layouts of processes train, and go on, as one process does?",
+    "verify": "are checkpoints whole? do layouts of processes train, and go on, as one process does?",
+    "checkpoint": "list a run's checkpoints; copy one without what only training needs",
     "mup": "check muP over widths, search its settings at a small one, write GPT-NeoX's base shapes",
     "deepy": "the command line of GPT-NeoX's launcher",
 }

@@ -1,4 +1,4 @@
-"""`castalia verify layouts|resume A.yml [key=value ...]`."""
+"""`castalia verify layouts|resume A.yml [key=value ...]`, `castalia verify checkpoint PATH ...`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ DEFAULT = "dp2,zero1,zero2,zero3,tp2,tp2sp,cp2"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("what", choices=("layouts", "resume"), help="train in other layouts; or go on in another one")
-    parser.add_argument("settings", nargs="+", metavar="FILE|key=value", help="configuration files and overrides")
+    parser.add_argument(
+        "what",
+        choices=("layouts", "resume", "checkpoint"),
+        help="train in other layouts; go on in another one; compare checkpoints with their manifests",
+    )
+    parser.add_argument(
+        "settings",
+        nargs="+",
+        metavar="FILE|key=value",
+        help="configuration files and overrides; for checkpoint: runs, or single checkpoints",
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default: 1e-5)")
     parser.add_argument("--json", action="store_true", help="print the verdicts as one JSON object")
     layouts = parser.add_argument_group("layouts")
@@ -36,6 +45,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print a table; 4 where something differs."""
+    if args.what == "checkpoint":
+        return _checkpoints(args)
     from castalia.config import load
     from castalia.errors import UserError
     from castalia.tools.verify import LAYOUTS, refusal, verify_layouts, verify_resume
@@ -60,6 +71,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         _table(verdicts)
     return 0 if all(v.good for v in verdicts) else 4
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    from castalia.checkpoint import verify_checkpoint
+    from castalia.tools.checkpoints import checkpoints_of
+
+    found = {path: verify_checkpoint(path) for name in args.settings for path in checkpoints_of(name)}
+    if args.json:
+        print(json.dumps({"checkpoints": {str(path): problems for path, problems in found.items()}}))
+    for path, problems in found.items():
+        if not args.json:
+            print(f"{path}: {'DAMAGED' if problems else 'whole'}")
+        for problem in problems:
+            print(f"  {problem}", file=sys.stderr)
+    return 4 if any(found.values()) else 0
 
 
 def _values(verdict: Verdict) -> dict[str, object]:
