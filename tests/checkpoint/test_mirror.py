@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, save_checkpoint, verify_checkpoint
 from castalia.errors import UserError
+from castalia.tools.object_store import Refusing, refusing_store
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -88,51 +88,13 @@ def test_a_url_that_nobody_knows() -> None:
         Mirror("nowhere://x")
 
 
-class Refusing:
-    """A web application in front of another that refuses what it is told to."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.refused, self.left = inner, (), 0
-
-    def refuse(self, *methods: str, times: int = 1 << 30, status: str = "403 Forbidden") -> None:
-        self.refused, self.left, self.status = methods, times, status
-
-    def __call__(self, environ: dict[str, Any], start: Any) -> Any:
-        if environ["REQUEST_METHOD"] in self.refused and self.left > 0:
-            self.left -= 1
-            code = "AccessDenied" if self.status.startswith("403") else "InternalError"
-            start(self.status, [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
-        return self.inner(environ, start)
-
-
 @pytest.fixture(scope="module")
 def store() -> Iterator[Refusing]:
     """An object store on this machine with a bucket `runs`, that can be told to refuse."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server")
-    pytest.importorskip("flask_cors")
-    import threading
-
-    import boto3
-    from werkzeug.serving import make_server
-
-    application = Refusing(server.DomainDispatcherApplication(server.create_backend_app))
-    listening = make_server("127.0.0.1", 0, application, threaded=True)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.port}"),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="runs")
+    for module in ("s3fs", "moto.server", "flask_cors"):
+        pytest.importorskip(module)
+    with refusing_store("runs") as application:
         yield application
-    listening.shutdown()
-    thread.join()
 
 
 def test_an_object_store_that_fails_now_and_then(store: Refusing, tmp_path: Path) -> None:

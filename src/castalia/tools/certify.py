@@ -214,9 +214,55 @@ def certify_layouts(folder: Path) -> str:
     return layouts.certify_layouts(folder)
 
 
+def certify_checkpoint_kills(folder: Path, kills: int = 200) -> str:
+    """SIGKILL in the midst of saves: a whole checkpoint is found each time, bit-equal to that of a run left alone."""
+    from castalia.tools.checkpoint_faults import kill_saves
+
+    counts = kill_saves(write_small_run(folder), folder, kills)
+    rows = [
+        ("kills while a checkpoint was being written", str(counts["kills"])),
+        ("kills just after", str(counts["others"])),
+        ("starts that did not find a whole checkpoint, or an older one than before", "0"),
+        (
+            "checkpoints found after a kill and compared with the same step of a run left alone",
+            str(counts["checkpoints"]),
+        ),
+        ("tensors of each, parameters and moments, bit for bit", f"{counts['tensors']}, all equal"),
+        ("the last step, after all kills", "equal"),
+    ]
+    return table(("saving in the background", ""), rows)
+
+
+def certify_checkpoint_damage(folder: Path, flips: int = 200) -> str:
+    """Every file damaged in turn is named; a full disk and a store that refuses cost a warning, nothing else."""
+    from castalia.tools.checkpoint_faults import TINY, damage, full_disk, refusing_uploads
+    from castalia.train.run import train
+
+    config = write_small_run(folder)
+    train(config, *TINY, "training.steps=3", f"output={folder / 'run'}", quiet=True)
+    found = damage(folder / "run", folder / "scratch", flips)
+    rows = [(name, *(str(counts[what]) for what in ("flipped", "cut", "removed"))) for name, counts in found.items()]
+    said = "Found and named, and the checkpoint before is taken:\n\n"
+    said += table(("file", "bytes flipped", "cut short", "removed"), rows)
+    full, refused = full_disk(config, folder / "full"), refusing_uploads(config, folder / "far")
+    said += "\nTraining went on, and the checkpoint before stayed whole. A file size limit, then none again; "
+    said += f"{len(full)} saves failed:\n\n> {full[0]}\n\nAn object store that refuses writing, then reading, then "
+    return said + f"fails once; {len(refused)} uploads failed, all came later:\n\n> {refused[0]}\n"
+
+
+def certify_reshard(folder: Path) -> str:
+    """Saved under each layout in the background, loaded under each: parameters and optimizer bit-equal."""
+    from castalia.tools import reshard
+
+    return reshard.certify_reshard(folder)
+
+
 CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "layouts": certify_layouts,
     "training_kills": certify_training_kills,
+    "checkpoint_kills": certify_checkpoint_kills,
+    "checkpoint_damage": certify_checkpoint_damage,
+    "reshard": certify_reshard,
     "preparation_kills": certify_preparation_kills,
     "model_matrix": certify_model_matrix,
     "families": certify_families,

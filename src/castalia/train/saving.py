@@ -88,6 +88,11 @@ class Saving:
         self._background.start(run.store.tensors(), write)
         self._stall = time.perf_counter() - began
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._background.busy
+
     def poll(self) -> None:
         """Say what came of the last save, if that is known by now and was not said."""
         self._report(self._background.poll())
@@ -190,6 +195,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "epochs": run.data.epochs,
         "tokenizer": run.tokenizer.identity() if run.tokenizer else None,
         "import": run.imported,
+        "noise": run.noise.state(),
         "versions": {
             "castalia": castalia.__version__,
             "torch": torch.__version__,
