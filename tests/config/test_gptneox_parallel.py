@@ -22,7 +22,11 @@ from castalia.errors import UserError
         ),
         ({"sequence_parallel": True}, {"sequence": False}),
         ({"zero_optimization": {"stage": 3, "overlap_comm": True, "cpu_offload": False}}, {"zero": 3}),
-        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}}, {"zero": 1}),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}}, {"zero": 1, "offload": "none"}),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, {"offload": "optimizer"}),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, {"offload": "optimizer"}),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"offload": "parameters"}),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, {"offload": "none"}),
     ],
 )
 def test_what_they_become(translated, given, expected):
@@ -33,7 +37,8 @@ def test_what_they_become(translated, given, expected):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offloads parameters with stage 2"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer to nvme"),
         ({"zero_optimization": {"stage": 4}}, "stage 4"),
         (
             {"pipe_parallel_size": 2, "global_num_gpus": 2, "pipe_partition_method": "type:mamba"},
@@ -46,3 +51,8 @@ def test_what_they_become(translated, given, expected):
 def test_what_is_refused(translated, given, text):
     with pytest.raises(UserError, match=text):
         translated(**given)
+
+
+def test_inputs_go_to_the_host_where_layers_are_recomputed(translated):
+    assert flat(translated(checkpoint_activations=True, checkpoint_in_cpu=True))["performance.offload_activations"]
+    assert not flat(translated(checkpoint_in_cpu=True))["performance.offload_activations"]

@@ -44,6 +44,16 @@ def test_gradients_are_equal_to_the_bit(precision, selective):
     assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
 
+@pytest.mark.parametrize("selective", [False, True])
+def test_inputs_that_wait_on_the_host_come_back_to_the_bit(selective, monkeypatch):
+    moved = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(self.shape), cpu(self))[1])
+    expected, found = gradients(run_layer)[0], gradients(Recompute(selective, offload=True))[0]
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+    assert moved.count(torch.Size((2, 32, 32))) == 4  # the input of each layer
+
+
 def test_every_so_manieth_layer_alone():
     assert gradients(Recompute(every=3))[1] == 4 + 2
 

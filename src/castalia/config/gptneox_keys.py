@@ -119,6 +119,7 @@ TRANSLATED: dict[str, Translated] = {
     "sequence_parallel": _same("bool", False),
     "zero_optimization": _same("mapping"),
     "checkpoint_activations": _same("bool", False),
+    "checkpoint_in_cpu": _same("bool", False),
     "pipe_partition_method": _same("text", "type:transformer|mlp"),
     "use_mup": _same("bool", False),
     "base_shapes_file": _same("text", "base-shapes"),
@@ -255,8 +256,9 @@ _REPORTED = {
         fp32_allreduce prescale_gradients gradient_predivide_factor sparse_gradients communication_data_type
         data_types""",
     "recomputing activations saves memory and changes no value": """
-        checkpoint_num_layers contiguous_checkpointing checkpoint_in_cpu
-        synchronize_each_layer profile_backward partition_activations activation_checkpointing""",
+        checkpoint_num_layers contiguous_checkpointing
+        synchronize_each_layer profile_backward activation_checkpointing""",
+    "changes no value; parallel.sequence shares the inputs of layers among tensor ranks": "partition_activations",
     "DeepSpeed is not used": """
         deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint""",
     "the collective backend follows from the device": "distributed_backend",
@@ -321,6 +323,7 @@ IDLE: dict[str, str] = {
     **dict.fromkeys(
         ("train_data_weights", "valid_data_weights", "test_data_weights"), "replaced by weight_by_num_documents"
     ),
+    "checkpoint_in_cpu": "used only with checkpoint_activations",
     "load": "is the run's own folder",
     "finetune": "used only with load",
     "no_load_optim": "used only with load",

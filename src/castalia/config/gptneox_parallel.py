@@ -3,10 +3,11 @@
     pipe_parallel_size, model_parallel_size, sequence_parallel    pipeline (0 is 1), tensor, sequence
     zero_optimization.stage                                       zero
     pipe_partition_method                                         partition
-    checkpoint_activations                                        performance.recompute: full
+    zero_optimization.offload_optimizer, .cpu_offload             offload: optimizer
+    zero_optimization.offload_param, .cpu_offload_params          offload: parameters
+    checkpoint_activations, checkpoint_in_cpu                     performance.recompute: full, .offload_activations
 
-What else `zero_optimization` holds sizes buffers and overlaps; only offloading asks for something that
-is not there.
+What else `zero_optimization` holds sizes buffers and overlaps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from typing import Any
 
 from castalia.config.gptneox_given import Given, Rule
 
-_OFFLOADS = ("cpu_offload", "cpu_offload_params", "offload_optimizer", "offload_param")
+_OFFLOADS = {
+    "cpu_offload": "optimizer",
+    "offload_optimizer": "optimizer",
+    "cpu_offload_params": "parameters",
+    "offload_param": "parameters",
+}
 # What their layers are called, by which `type:REGEX` finds them.
 _LAYERS = ("ParallelTransformerLayerPipe", "gMLPBlock")
 
@@ -43,14 +49,28 @@ def zero(given: Given) -> int | None:
     block = given["zero_optimization"]
     if block is None:
         return None
-    for key in _OFFLOADS:
-        asked = block.get(key)
-        if asked and not (isinstance(asked, dict) and asked.get("device", "none") == "none"):
-            given.unsupported("zero_optimization", f"its {key}", f"remove {key}")
     stage = block.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         given.fail("zero_optimization", f"has stage {stage!r}: give 0, 1, 2 or 3")
     return int(stage)
+
+
+def offload(given: Given) -> str | None:
+    """What lives on the host; weights that do take their optimizer with them. Without ZeRO it means nothing."""
+    block = given["zero_optimization"] or {}
+    asked = set()
+    for key, what in _OFFLOADS.items():
+        value = block.get(key)
+        device = value.get("device", "none") if isinstance(value, dict) else ("cpu" if value else "none")
+        if device not in ("cpu", "none"):
+            given.unsupported("zero_optimization", f"its {key} to {device}", "give it the device cpu")
+        if device == "cpu":
+            asked.add(what)
+    if not asked or not block.get("stage", 0):
+        return None
+    if "parameters" in asked and block["stage"] != 3:
+        given.fail("zero_optimization", f"offloads parameters with stage {block['stage']}: give stage 3")
+    return "parameters" if "parameters" in asked else "optimizer"
 
 
 def partition(given: Given) -> str | None:
@@ -71,6 +91,12 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     Rule("parallel.tensor", ("model_parallel_size",), _size("model_parallel_size")),
     Rule("parallel.sequence", ("sequence_parallel", "model_parallel_size"), sequence),
     Rule("parallel.zero", ("zero_optimization",), zero),
+    Rule("parallel.offload", ("zero_optimization",), offload),
+    Rule(
+        "performance.offload_activations",
+        ("checkpoint_in_cpu", "checkpoint_activations"),
+        lambda g: True if g["checkpoint_in_cpu"] and g["checkpoint_activations"] else None,
+    ),
     Rule(
         "performance.recompute", ("checkpoint_activations",), lambda g: "full" if g["checkpoint_activations"] else None
     ),

@@ -362,6 +362,9 @@ class PerformanceConfig(Section):
     recompute_every: int = setting(
         1, "recompute every so manieth layer, from the first on", "performance", "layers", ge=1
     )
+    offload_activations: bool = setting(
+        False, "inputs of recomputed layers wait in the host's memory for the backward pass", "performance"
+    )
     arena: bool = setting(
         True, "keep weights, moments and gradients in flat buffers, where the optimizer allows it", "performance"
     )
@@ -372,6 +375,14 @@ class PerformanceConfig(Section):
     hang_timeout: float | None = setting(
         600.0, "a job of several processes that stands still so long is ended; null: never", "cosmetic", "s", gt=0
     )
+
+    @model_validator(mode="after")
+    def _inputs(self) -> PerformanceConfig:
+        if self.offload_activations and self.recompute == "none":
+            raise ValueError(
+                "performance.offload_activations moves the inputs of recomputed layers: set performance.recompute=full"
+            )
+        return self
 
 
 class Config(Section):

@@ -40,12 +40,23 @@ class ParallelConfig(Section):
         "parameters", "how layers go to stages: uniform, parameters, or type:REGEX of what counts", "performance"
     )
 
+    offload: Literal["none", "optimizer", "parameters"] = setting(
+        "none",
+        "what lives in the host's memory: nothing, optimizer state and its update, or with zero 3 the weights too",
+        "performance",
+    )
+
     @model_validator(mode="after")
     def _sensible(self) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence shares sequences among tensor-parallel ranks: raise parallel.tensor")
         if self.shard is not None and self.zero == 0:
             raise ValueError("parallel.shard says over how many ranks ZeRO spreads: set parallel.zero to 1, 2 or 3")
+        if self.offload == "parameters" and self.zero != 3:
+            raise ValueError(
+                "parallel.offload parameters fetches the weights layer by layer, as parallel.zero 3 does: set "
+                "parallel.zero=3, or parallel.offload=optimizer"
+            )
         if self.expert > 1 and (self.zero or self.tensor > 1 or self.context > 1 or self.pipeline > 1):
             raise ValueError(
                 "parallel.expert goes with plain data parallelism so far: leave parallel.zero, parallel.tensor, "

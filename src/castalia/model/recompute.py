@@ -12,11 +12,13 @@ backward pass these are back in place. (Chen et al. 2016; Korthikanti et al. 202
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -41,10 +43,13 @@ class Recompute:
         selective: keep the results of matrix products and attention.
         every: layers 0, every, 2 every, ... are recomputed.
         own_weights: modules are called with weights of their own, not by `functional_call`.
+        offload: the inputs that are kept wait in the host's memory.
     """
 
-    def __init__(self, selective: bool = False, every: int = 1, own_weights: bool = False) -> None:
-        self._every, self._own_weights = every, own_weights
+    def __init__(
+        self, selective: bool = False, every: int = 1, own_weights: bool = False, offload: bool = False
+    ) -> None:
+        self._every, self._own_weights, self._offload = every, own_weights, offload
         self._more: dict[str, Any] = {}
         if selective:
             dear = {getattr(torch.ops.aten, n).default for n in (*_DEAR, *_DEAR_MORE) if hasattr(torch.ops.aten, n)}
@@ -62,7 +67,8 @@ class Recompute:
             out: Tensor = functional_call(block, weights, (x, layer, context))
             return out
 
-        out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **self._more)
+        with save_on_cpu() if self._offload else nullcontext():
+            out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, **self._more)
         return out
 
 

@@ -186,7 +186,7 @@ class _Store:
 
     def _masters(self) -> dict[str, Tensor]:
         """`model.<name>` of every weight, frozen ones too, as a checkpoint holds them."""
-        return {f"model.{n}": p.detach() for n, p in (self._parameters | self._frozen).items()}
+        return {f"model.{n}": p.detach() for n, p in (self.trained | self._frozen).items()}
 
     def _make_optimizer(self, groups: list[tuple[Rule, list[nn.Parameter]]]) -> None:
         made: Groups = [
@@ -248,6 +248,7 @@ class _Store:
     def _update(self, lr: float, divisor: Tensor | None, gradients: list[Tensor]) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = lr * rate
+        divisor = None if divisor is None else divisor.to(gradients[0].device)
         if divisor is not None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # Fused kernels divide on the way, as they do for a loss scaler: no extra pass over the gradients.
             self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
@@ -312,7 +313,7 @@ class PlainStore(_Store):
         out = self._masters()
         if isinstance(self.optimizer, AdamW8bit):
             self.optimizer.unpack_states()
-        for n, p in self._parameters.items():
+        for n, p in self.trained.items():
             out |= {f"optimizer.{n}.{m}": self.optimizer.state[p][m] for m in self._moments(p)}
         return out
 

@@ -121,10 +121,18 @@ def check_layout(config: Config, layout: Layout) -> None:
         _check_context(config, layout)
     if layout.pipeline > 1:
         _check_pipeline(config, layout)
+    if config.parallel.offload == "parameters" and layout.zero != 3:
+        raise UserError(
+            "parallel.offload parameters fetches the weights layer by layer from several ranks, and ZeRO spreads over "
+            "one here: set parallel.offload=optimizer, or start more processes"
+        )
     if layout.world > 1 and (config.logging.norms or config.logging.zero_gradients):
         raise UserError("logging.norms and logging.zero_gradients look at one process's weights: leave them out")
     if layout.world > 1 and config.model.soft_prompt_text is not None and (layout.zero or layout.tensor > 1):
         raise UserError("model.soft_prompt_text needs whole tables: set parallel.zero=0 and parallel.tensor=1")
+    if config.training.precision == "fp8" and (config.performance.compile or config.parallel.schedule == "zero_bubble"):
+        what = "performance.compile" if config.performance.compile else "parallel.schedule zero_bubble"
+        raise UserError(f"training.precision fp8 and {what} do not go together: set training.precision=bf16")
     if config.performance.compile and config.performance.recompute != "none":
         raise UserError("performance.recompute and performance.compile do not go together: leave one out")
     if config.performance.compile and (layout.zero or layout.tensor > 1 or layout.pipeline > 1 or layout.context > 1):

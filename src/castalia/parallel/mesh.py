@@ -75,10 +75,17 @@ class Mesh:
 
     def sum_over_ends(self, value: Tensor) -> None:
         """Sum a tensor that the first and the last stage of the pipeline both hold, in place."""
+        assert self._ends is not None, "only the ends of a pipeline share something"
+        self._reduce(value, self._ends)
+
+    def _reduce(self, value: Tensor, group: ProcessGroup) -> None:
+        """Sum in place, by way of the device where the host holds the tensor."""
         import torch.distributed as dist
 
-        assert self._ends is not None, "only the ends of a pipeline share something"
-        dist.all_reduce(value, group=self._ends)
+        there = value.to(self.device)
+        dist.all_reduce(there, group=group)
+        if there is not value:
+            value.copy_(there)
 
     def _make(self, axes: tuple[str, ...]) -> ProcessGroup | None:
         if self.size(*axes) == 1:
@@ -150,9 +157,7 @@ class Mesh:
         """A tensor, summed in place over the ranks along the axes; returned."""
         group = self.group(*axes)
         if group is not None:
-            import torch.distributed as dist
-
-            dist.all_reduce(value, group=group)
+            self._reduce(value, group)
         return value
 
     def largest(self, value: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from castalia.config import Config
 from castalia.errors import UserError
+from castalia.model.float8 import use_float8
 from castalia.model.initial import initial_value
 from castalia.model.loss import VocabularyShard
 from castalia.model.recompute import LayerRunner, Recompute, run_layer
 from castalia.model.transformer import Transformer
-from castalia.optim import WeightStore, make_store
+from castalia.optim import WeightStore
+from castalia.optim.offload import HOST, offloads, store_of
 from castalia.parallel.layout import Layout, check_layout
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.plans import Place, bounds, tensor_places
@@ -56,17 +58,20 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
         model = Transformer(config.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.runner = runner_of(config, mesh.layout)
+    if config.training.precision == "fp8":
+        use_float8(model)
     model, places = wrap(model, config, mesh)
-    model.to_empty(device=mesh.device)
+    model.to_empty(device=HOST if config.parallel.offload == "parameters" else mesh.device)
     fill(model, places, config)
     if mesh.layout.zero:
-        from castalia.parallel.shards import ShardedStore
+        from castalia.parallel.shards import HostShardedStore, ShardedStore
 
-        inner: WeightStore = ShardedStore(model, config.optimizer, mesh.layout.zero)
+        kind = HostShardedStore if offloads(config, mesh.device) else ShardedStore
+        inner: WeightStore = kind(model, config.optimizer, mesh.layout.zero)
     else:
         # Several micro-batches pass a pipeline before bf16 gradients could be moved to fp32: masters take them at once.
         arena = config.performance.arena and (mesh.layout.pipeline == 1 or config.training.precision == "fp32")
-        inner = make_store(model, config.optimizer, config.training.precision, arena)
+        inner = store_of(model, config, arena)
     return Parts(model, SpreadStore(inner, places, mesh, shapes, config.optimizer), places)
 
 
@@ -160,7 +165,7 @@ def runner_of(config: Config, layout: Layout) -> LayerRunner:
     cfg = config.performance
     if cfg.recompute == "none":
         return run_layer
-    return Recompute(cfg.recompute == "selective", cfg.recompute_every, own_weights=layout.zero > 0)
+    return Recompute(cfg.recompute == "selective", cfg.recompute_every, layout.zero > 0, cfg.offload_activations)
 
 
 def vocabulary_of(config: Config, mesh: Mesh) -> VocabularyShard | None:

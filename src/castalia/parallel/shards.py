@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from castalia.config import Config, OptimizerConfig
 from castalia.model.transformer import Transformer
-from castalia.optim.weights import PlainStore, low_precision_names
+from castalia.optim.offload import HOST, HostStore
+from castalia.optim.weights import PlainStore, low_precision_names, working_dtype
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.parallelize import local_part, moved
 from castalia.parallel.plans import Place
@@ -33,22 +34,24 @@ def shard(model: Transformer, places: dict[str, Place], config: Config, mesh: Me
     low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
     again = mesh.layout.zero == 3
-    matrices = set(low_precision_names(model)) if config.training.precision == "bf16" else set()
+    host = config.parallel.offload == "parameters"
+    where = CPUOffloadPolicy(pin_memory=mesh.device.type != HOST.type) if host else OffloadPolicy()
+    matrices = set(low_precision_names(model)) if working is not None else set()
 
     def wrap(module: nn.Module, prefix: str, gather_again: bool) -> None:
         inner = [
             m for n, m in module.named_modules() if any(f"{prefix}{n}.{leaf}" in matrices for leaf in m._parameters)
         ]
         if inner:
-            fully_shard(inner, mesh=ranks, mp_policy=low, reshard_after_forward=gather_again)
-        fully_shard(module, mesh=ranks, mp_policy=wide, reshard_after_forward=gather_again)
+            fully_shard(inner, mesh=ranks, mp_policy=low, offload_policy=where, reshard_after_forward=gather_again)
+        fully_shard(module, mesh=ranks, mp_policy=wide, offload_policy=where, reshard_after_forward=gather_again)
 
     for name, block in model.layers.named_children():
         wrap(block, f"layers.{name}.", again)
     head = model.embedding if model.cfg.tie_embeddings else model.head
     if head is not None and matrices:
-        fully_shard(head, mesh=ranks, mp_policy=low, reshard_after_forward=False)
-    fully_shard(model, mesh=ranks, mp_policy=wide, reshard_after_forward=False)
+        fully_shard(head, mesh=ranks, mp_policy=low, offload_policy=where, reshard_after_forward=False)
+    fully_shard(model, mesh=ranks, mp_policy=wide, offload_policy=where, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -127,3 +130,7 @@ class ShardedStore(PlainStore):
         """See WeightStore."""
         super().step(lr, divisor)
         self._wrapped.zero_grad(set_to_none=True)
+
+
+class HostShardedStore(ShardedStore, HostStore):
+    """Masters are copies of FSDP2's local shards on the host."""

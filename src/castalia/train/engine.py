@@ -90,7 +90,7 @@ class LocalEngine:
     ) -> None:
         self.model, self.store, self.loss, self.seed = model, store, loss, seed
         self.mesh, self.vocabulary = mesh or local_mesh(), vocabulary
-        self.device = model.embedding.weight.device
+        self.device = model.embedding.weight.device if mesh is None else mesh.device  # the host may hold the weights
         cfg = model.cfg
         self.drops = cfg.hidden_dropout > 0 or cfg.attention_dropout > 0 or cfg.moe_jitter > 0
         self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0

@@ -28,6 +28,9 @@ from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
 from castalia.model.soft_prompt import prompt_from_tokens
+from castalia.optim.loss_scale import LossScaler
+from castalia.optim.offload import offload_text
+from castalia.optim.weights import working_dtype
 from castalia.parallel.heartbeat import heartbeat
 from castalia.parallel.layout import layout_of
 from castalia.parallel.mesh import Mesh
@@ -332,6 +335,8 @@ class Run:
             + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )
         say(f"MFU is the share of this machine's rate of matrix products, {human(self.peak_flops, ' ')}FLOP/s {unit}")
+        if text := offload_text(cfg, self.world.device):
+            say(text)
         for entry in [e for e in self.journal if isinstance(e, Exclude)][-1:]:
             parts = sum(map(len, entry.documents))
             say(f"from step {entry.from_step} on the documents that data.exclude names in {parts} lines are not learnt")
