@@ -31,7 +31,7 @@ def test_the_truth_is_in_the_interval_as_often_as_it_says(true_scale, small, par
     trials, hits = 200, 0
     for seed in range(trials):
         found = measured(true_scale, small, parts, 60, seed).estimate()
-        assert found is not None and found.count == 60
+        assert found is not None and found.measured == 60
         hits += (found.low is None or found.low <= true_scale) and (found.high is None or true_scale <= found.high)
     assert 0.90 * trials <= hits  # 95%, and three standard deviations of that count below
 
@@ -53,9 +53,9 @@ def test_the_window_moves_and_survives_a_checkpoint():
     other.restore(noise.state())
     assert other.estimate() == noise.estimate()
     noise.add(1.0, 8, 1.0, 32)
-    assert noise.estimate() != other.estimate() and noise.estimate().count == 50
+    assert noise.estimate() != other.estimate() and noise.estimate().measured == 50
     noise.add(float("nan"), 8, 1.0, 32)
-    assert noise.estimate().count == 50 and NoiseScale(3).estimate() is None
+    assert noise.estimate().measured == 50 and NoiseScale(3).estimate() is None
 
 
 def test_quantiles_are_those_of_the_tables():

@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
         low, high: the 95% interval of the scale; None where it has no such bound.
         signal: |G|^2, mean over the window.
         noise: tr(S), mean over the window.
-        count: measurements in the window.
+        measured: measurements in the window.
     """
 
     scale: float | None
@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
     high: float | None
     signal: float
     noise: float
-    count: int
+    measured: int
 
 
 class NoiseScale:
