@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from castalia.config import Config, OptimizerConfig
 from castalia.model.transformer import Transformer
 from castalia.optim.offload import HOST, HostStore
-from castalia.optim.weights import PlainStore, low_precision_names, working_dtype
+from castalia.optim.weights import PlainStore, low_precision_names
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.parallelize import local_part, moved
 from castalia.parallel.plans import Place
@@ -36,7 +36,7 @@ def shard(model: Transformer, places: dict[str, Place], config: Config, mesh: Me
     again = mesh.layout.zero == 3
     host = config.parallel.offload == "parameters"
     where = CPUOffloadPolicy(pin_memory=mesh.device.type != HOST.type) if host else OffloadPolicy()
-    matrices = set(low_precision_names(model)) if working is not None else set()
+    matrices = set(low_precision_names(model)) if config.training.precision == "bf16" else set()
 
     def wrap(module: nn.Module, prefix: str, gather_again: bool) -> None:
         inner = [

@@ -28,9 +28,7 @@ from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
 from castalia.model.soft_prompt import prompt_from_tokens
-from castalia.optim.loss_scale import LossScaler
 from castalia.optim.offload import offload_text
-from castalia.optim.weights import working_dtype
 from castalia.parallel.heartbeat import heartbeat
 from castalia.parallel.layout import layout_of
 from castalia.parallel.mesh import Mesh
