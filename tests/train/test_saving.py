@@ -16,6 +16,7 @@ from castalia.checkpoint import CheckpointNotSaved, Mirror, find_checkpoint, loa
 from castalia.config import Config
 from castalia.errors import UserError
 from castalia.generate.load import load_run
+from castalia.train.data import check_samples
 from castalia.train.loop import Stopped
 from castalia.train.metrics import read_metrics
 from castalia.train.run import train
@@ -265,3 +266,21 @@ def test_no_run_goes_on_in_a_slim_copy_but_one_may_begin_from_it(tiny_values, tm
         train(changed(fresh, start={"path": str(tmp_path / "slim")}), quiet=True)
     begun = train(changed(fresh, start={"path": str(tmp_path / "slim"), "optimizer": False}), quiet=True)
     assert begun.step == 12
+
+
+def test_a_changed_batch_size_is_refused_and_if_accepted_goes_on_where_the_data_was(tiny_values, capfd):
+    with pytest.raises(Stopped):
+        train(changed(tiny_values, training={"exit_interval": 6}), quiet=True)
+    smaller = changed(tiny_values, training={"batch_size": 4})
+    with pytest.raises(UserError, match="training.batch_size: 8 -> 4"):
+        train(smaller, quiet=True)
+    specs = []
+    run = train(smaller, accept=True, callbacks=[lambda run: specs.append(run.loader.plan.at(run.step - 1))])
+    assert [s.first_sample for s in specs] == [48, 52, 56, 60, 64, 68] and run.tokens == (6 * 8 + 6 * 4) * 32
+    assert "batches have other sizes from step 6 on; their samples follow" in capfd.readouterr().err
+    state = find_checkpoint(run.checkpoints).state
+    assert state["journal"] == [{"kind": "rebatch", "from_step": 6, "before": [[0, 0, 8]]}]
+    plan = run.loader.plan
+    check_samples(plan, 72)
+    with pytest.raises(UserError, match="takes 72 samples, and the data order holds 71: set training.steps to at most"):
+        check_samples(plan, 71)

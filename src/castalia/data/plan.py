@@ -84,8 +84,28 @@ class Exclude:
         object.__setattr__(self, "documents", tuple(tuple(numbers) for numbers in self.documents))
 
 
-Amendment = Skip | Exclude
-AMENDMENTS: Mapping[str, type[Skip] | type[Exclude]] = {"skip": Skip, "exclude": Exclude}
+@dataclass(frozen=True)
+class Rebatch:
+    """Amendment: from `from_step` on batches have other sizes; the samples go on where they were, none twice.
+
+    Attributes:
+        from_step: the first step with the sizes of the configuration, or of the next such entry.
+        before: the sizes until then, as `[first step, first sample, size]` each.
+    """
+
+    from_step: int
+    before: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "before", tuple(Level(*level) for level in self.before))
+
+
+Amendment = Skip | Exclude | Rebatch
+AMENDMENTS: Mapping[str, type[Skip] | type[Exclude] | type[Rebatch]] = {
+    "skip": Skip,
+    "exclude": Exclude,
+    "rebatch": Rebatch,
+}
 
 
 def journal_to_json(journal: Iterable[Amendment]) -> list[dict[str, Any]]:
@@ -147,7 +167,7 @@ class RunPlan:
         """
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a run of {self.steps} steps")
-        sizes = self.levels or (Level(0, 0, self.batch_size),)
+        sizes = self._sizes()
         skipped = sum(
             samples_before(sizes, entry.from_step + entry.num_steps) - samples_before(sizes, entry.from_step)
             for entry in self.journal
@@ -155,6 +175,27 @@ class RunPlan:
         )
         length = self.seq_length if self.lengths is None else self.lengths(step)
         return StepSpec(step, samples_before(sizes, step) + skipped, batch_size(sizes, step), length)
+
+    def _sizes(self) -> tuple[Level, ...]:
+        """The batch sizes by step and sample, as configured and amended."""
+        changes = [entry for entry in self.journal if isinstance(entry, Rebatch)]
+        if not changes:
+            return self._configured
+        out: list[Level] = []
+        begin = 0
+        ends = [*(entry.from_step for entry in changes), self.steps]
+        for end, found in zip(ends, [*(e.before for e in changes), self._configured], strict=True):
+            # Each stretch of steps takes the sizes of its own settings, and begins where the samples were.
+            steps = [begin, *(level.first_step for level in found if begin < level.first_step < end)]
+            for step in steps if end > begin or end == self.steps else ():
+                sample = 0 if not out else out[-1].first_sample + (step - out[-1].first_step) * out[-1].size
+                out.append(Level(step, sample, batch_size(found, step)))
+            begin = end
+        return tuple(out)
+
+    @property
+    def _configured(self) -> tuple[Level, ...]:
+        return self.levels or (Level(0, 0, self.batch_size),)
 
     @property
     def sizes(self) -> tuple[int, ...]:

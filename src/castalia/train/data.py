@@ -7,7 +7,7 @@ data.*_paths ───────┴─> TokenStore, documents ──┼> valid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -152,6 +152,20 @@ def run_plan(config: Config, steps: int, journal: tuple[Amendment, ...]) -> RunP
     data = config.data
     lengths = None if data.curriculum == "none" else partial(sequence_length, data)
     return RunPlan(config.training.batch_size, data.seq_length, steps, journal, lengths, levels(config.training))
+
+
+def check_samples(plan: RunPlan, held: int) -> None:
+    """Refuse a plan that batches of changed sizes have made longer than the data order, which was laid out without.
+
+    Raises:
+        UserError: it takes more samples than are `held`.
+    """
+    if plan.num_samples > held:
+        fits = next(steps for steps in range(plan.steps, -1, -1) if replace(plan, steps=steps).num_samples <= held)
+        raise UserError(
+            f"training.batch_size: with the larger batches before, the run takes {plan.num_samples:,} samples, and the "
+            f"data order holds {held:,}: set training.steps to at most {fits}"
+        )
 
 
 def repeats(data: RunData) -> list[str]:

@@ -19,7 +19,8 @@ from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, load_chec
 from castalia.checkpoint.layout import step_of
 from castalia.config.compare import accepted_lines, differences
 from castalia.config.load import check_values
-from castalia.data.plan import journal_from_json
+from castalia.config.ramp import levels
+from castalia.data.plan import Rebatch, journal_from_json
 from castalia.errors import UserError
 from castalia.train.forward import check_logits
 
@@ -61,7 +62,8 @@ def resume(run: Run) -> bool:
         run.console.say(line)
     go_on(run, state["step"], state["updates"], state["tokens"])
     run.journal, run.seconds_before = journal_from_json(state["journal"]), state["seconds"]
-    run.imported = state.get("import")
+    take_state(run, state)
+    rebatch(run, state, found.path)
     if run.config.checkpoint.validate_forward:
         run.console.say(check_logits(run, found.path))
     if run.chosen is not None and run.first:
@@ -144,6 +146,25 @@ def go_on(run: Run, step: int, updates: int, tokens: int) -> None:
     run.step, run.updates, run.tokens = step, updates, tokens
     run.store.refresh()
     run.store.set_updates(updates)
+
+
+def take_state(run: Run, state: dict[str, Any]) -> None:
+    """Set what a checkpoint keeps besides tensors, journal and time."""
+    go_on(run, state["step"], state["updates"], state["tokens"])
+    run.imported = state.get("import")
+    run.noise.restore(state.get("noise"))
+    run.guard.restore(state.get("guard"))
+    if run.scaler is not None:
+        run.scaler.restore(state.get("loss_scale"))
+
+
+def rebatch(run: Run, state: dict[str, Any], path: Path) -> None:
+    """Where batches had other sizes so far: note it, so that the data goes on where it was."""
+    before = levels(check_values(state["config"], str(path)).training)
+    if run.step == 0 or before == levels(run.config.training):
+        return
+    run.journal = (*run.journal, Rebatch(run.step, before))
+    run.console.say(f"batches have other sizes from step {run.step} on; their samples follow on those that were read")
 
 
 def check_version(state: dict[str, Any], path: Path) -> None:

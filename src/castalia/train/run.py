@@ -35,7 +35,7 @@ from castalia.parallel.mesh import Mesh
 from castalia.parallel.world import joined, peak_memory
 from castalia.train.assemble import assemble
 from castalia.train.console import Console, human
-from castalia.train.data import run_plan
+from castalia.train.data import check_samples, run_plan
 from castalia.train.engine import StepStats
 from castalia.train.environment import environment
 from castalia.train.evaluation import evaluate
@@ -281,9 +281,9 @@ class Run:
             prompt_from_tokens(self.model, self.tokenizer.encode(cfg.model.soft_prompt_text))
             self.store.refresh()
         self.journal = with_exclusions(self.journal, self.step, self.data.excluded)
-        plan = run_plan(cfg, self.steps, self.journal)
-        self.loader = self.loader_of(self.data.datasets["train"], plan)
-        dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
+        check_samples(run_plan(cfg, self.steps, self.journal), len(self.data.datasets["train"]))
+        self.replan(self.journal)
+        dtype = working_dtype(cfg.training.precision) or torch.float32
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
         more = {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(cfg)}
         self.facts = environment() | more

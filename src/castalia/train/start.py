@@ -30,7 +30,7 @@ from castalia.config import StartConfig
 from castalia.config.curriculum import trained_tokens
 from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
-from castalia.train.resume import changes, check_version, go_on
+from castalia.train.resume import changes, check_version, go_on, rebatch
 
 if TYPE_CHECKING:
     from castalia.train.run import Run
@@ -147,6 +147,9 @@ def _from_castalia(run: Run, found: Checkpoint, cfg: StartConfig) -> tuple[int, 
     load_checkpoint(found.path, mine)
     go_on(run, found.step, state["updates"], state["tokens"])
     run.journal = journal_from_json(state["journal"])
+    rebatch(run, state, found.path)
+    if run.scaler is not None:
+        run.scaler.restore(state.get("loss_scale"))
     lines = [line for line in changes(run, state, found.path) if not line.startswith("start.")]
     return found.step, str(found.path), (f"other settings than there: {'; '.join(lines)}",) if lines else ()
 
