@@ -152,10 +152,6 @@ def take_state(run: Run, state: dict[str, Any]) -> None:
     """Set what a checkpoint keeps besides tensors, journal and time."""
     go_on(run, state["step"], state["updates"], state["tokens"])
     run.imported = state.get("import")
-    run.noise.restore(state.get("noise"))
-    run.guard.restore(state.get("guard"))
-    if run.scaler is not None:
-        run.scaler.restore(state.get("loss_scale"))
 
 
 def rebatch(run: Run, state: dict[str, Any], path: Path) -> None:

@@ -240,6 +240,11 @@ class Run:
         """Seconds of training, over all the sittings of this run."""
         return self.seconds_before + time.monotonic() - self._began
 
+    def replan(self, journal: tuple[Amendment, ...]) -> None:
+        """Take what the journal says for the steps from now on."""
+        self.journal = journal
+        self.loader = self.loader_of(self.data.datasets["train"], run_plan(self.config, self.steps, journal))
+
     # Assembly.
 
     @property
@@ -283,7 +288,7 @@ class Run:
         self.journal = with_exclusions(self.journal, self.step, self.data.excluded)
         check_samples(run_plan(cfg, self.steps, self.journal), len(self.data.datasets["train"]))
         self.replan(self.journal)
-        dtype = working_dtype(cfg.training.precision) or torch.float32
+        dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
         more = {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(cfg)}
         self.facts = environment() | more

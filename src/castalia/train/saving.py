@@ -195,7 +195,6 @@ def state_of(run: Run) -> dict[str, Any]:
         "epochs": run.data.epochs,
         "tokenizer": run.tokenizer.identity() if run.tokenizer else None,
         "import": run.imported,
-        "noise": run.noise.state(),
         "versions": {
             "castalia": castalia.__version__,
             "torch": torch.__version__,
