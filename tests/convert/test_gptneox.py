@@ -16,7 +16,7 @@ from torch import Tensor
 from castalia.config import ModelConfig, ScheduleConfig
 from castalia.convert import load_gptneox_checkpoint, to_gptneox
 from castalia.convert.gptneox_table import Naming, table
-from castalia.convert.safe_pickle import load_pt
+from castalia.convert.torch_file import load_pt
 from castalia.data.order import split_documents
 from castalia.data.sample import PackedDataset
 from castalia.data.store import TokenStore

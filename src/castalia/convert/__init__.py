@@ -1,6 +1,6 @@
 """Other libraries' weights <-> ours: tables of names and transforms, each read in both directions.
 
-safe_pickle   a .pt file without running what is in it
+torch_file    a .pt file without running what is in it (safe_pickle)
 gptneox       GPT-NeoX checkpoints: any layout, any tensor-parallel size, Adam's state
 huggingface   transformers' GPT-NeoX and Llama: weights and config.json
 """
@@ -13,7 +13,7 @@ from castalia.convert.huggingface import (
     model_config_fields,
     to_huggingface,
 )
-from castalia.convert.safe_pickle import load_pt
+from castalia.convert.torch_file import load_pt
 
 __all__ = [
     "GPTNeoXState",

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from castalia.config import ModelConfig
 from castalia.convert.gptneox_table import NeoXRow, check_ranks, merge_shards, naming_of, table
-from castalia.convert.safe_pickle import load_pt
 from castalia.convert.table import check_names, to_ours
+from castalia.convert.torch_file import load_pt
 from castalia.errors import UserError
 
 # Buffers that follow from the configuration, and Transformer Engine's bookkeeping.
