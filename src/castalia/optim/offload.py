@@ -19,6 +19,7 @@ from castalia.optim.optimizers import Rule
 from castalia.optim.weights import PlainStore, WeightStore, make_store
 
 HOST = torch.device("cpu")
+_WORKING = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def offloads(config: Config, device: torch.device) -> bool:
@@ -45,7 +46,7 @@ def store_of(model: nn.Module, config: Config, arena: bool) -> WeightStore:
     """
     precision = config.training.precision
     if offloads(config, next(model.parameters()).device):
-        return HostStore(model, config.optimizer, torch.bfloat16 if precision == "bf16" else None)
+        return HostStore(model, config.optimizer, _WORKING.get(precision))
     return make_store(model, config.optimizer, precision, arena)
 
 

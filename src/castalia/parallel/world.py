@@ -109,7 +109,13 @@ def joined(world: World, timeout: timedelta = TIMEOUT, init_method: str = "env:/
     if dist.is_initialized():  # by whoever called us: theirs to end
         yield
         return
-    backend = dist.get_default_backend_for_device(world.device)
+    try:
+        backend = dist.get_default_backend_for_device(world.device)
+    except ValueError:
+        raise UserError(
+            f"torch has no collective operations for '{world.device.type}': install the package of the device's maker "
+            "that registers them, or train on one process"
+        ) from None
     dist.init_process_group(backend, init_method=init_method, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
@@ -126,11 +132,14 @@ def _number(name: str, default: int) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held: resident memory on a CPU, allocated memory on an accelerator."""
-    if device.type == "cpu":
-        import resource
-        import sys
+    """Most bytes this process has held: allocated on an accelerator that counts them, else resident memory."""
+    if device.type != "cpu":
+        try:
+            return torch.accelerator.max_memory_allocated()
+        except RuntimeError:  # its allocator keeps no statistics
+            pass
+    import resource
+    import sys
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-    return torch.accelerator.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
