@@ -35,6 +35,7 @@ VERBS = {
     "launch": "start a run on several hosts: ssh, pdsh, MPI, Slurm, Kubernetes",
     "verify": "are checkpoints whole? do layouts of processes train, and go on, as one process does?",
     "checkpoint": "list a run's checkpoints; copy one without what only training needs",
+    "inspect": "what is in a checkpoint, ours or anybody's; what differs between two",
     "mup": "check muP over widths, search its settings at a small one, write GPT-NeoX's base shapes",
     "deepy": "the command line of GPT-NeoX's launcher",
 }

@@ -59,7 +59,7 @@ def _from_archive(path: Path, file: BinaryIO, size: int) -> Any:
         members = {item.filename: item for item in archive.infolist()}
         pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
         if not pickles:
-            raise Refused("is an archive, but not one of torch's: it holds no data.pkl")
+            raise Refused("is an archive, but not one of torch's: it holds no pickle of what it is")
         main = min(pickles, key=lambda name: name.count("/"))
         folder = main.removesuffix("data.pkl")
 
