@@ -154,7 +154,13 @@ THEIR_WORDS = {
             "schedule_config": {"total_curriculum_step": 5, "difficulty_step": 8},
         },
     ],
-    "fp16": [{"enabled": False}, {"enabled": True}, {"enabled": True, "type": "bfloat16"}],
+    "fp16": [
+        {"enabled": False},
+        {"enabled": True},
+        {"enabled": True, "type": "bfloat16"},
+        {"enabled": True, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 2, "min_loss_scale": 1},
+        {"enabled": True, "loss_scale": 128},
+    ],
     "bf16": [{"enabled": False}, {"enabled": True}],
     "optimizer": [
         {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8}},

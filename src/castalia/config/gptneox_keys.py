@@ -205,6 +205,12 @@ TRANSLATED: dict[str, Translated] = {
     "log_grad_norm": _same("bool", False),
     "log_param_norm": _same("bool", False),
     "log_optimizer_states": _same("bool", False),
+    "log_gradient_noise_scale": _same("bool", False),
+    "use_comet": _same("bool", False),
+    "comet_workspace": _same("text"),
+    "comet_project": _same("text"),
+    "comet_experiment_name": _same("text"),
+    "comet_tags": _same("list"),
     "log_grad_pct_zeros": _same("bool", False),
     "tensorboard_dir": _same("text"),
     "use_wandb": _same("bool"),
@@ -264,10 +270,10 @@ _REPORTED = {
     "the collective backend follows from the device": "distributed_backend",
     "links between devices are found by the collective library": "detect_nvlink_pairs",
     "metrics go to metrics.jsonl in the run's folder, and to TensorBoard or W&B if they are asked for above": """
-        wandb tensorboard csv_monitor use_comet comet_workspace comet_project comet_experiment_name comet_tags
-        comet_others""",
-    "the gradient noise scale is not recorded yet": """
-        log_gradient_noise_scale gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload""",
+        wandb tensorboard csv_monitor""",
+    "a run's records have nowhere to put free words; tags are kept": "comet_others",
+    "the gradient noise scale is taken within each step, without keeping gradients": """
+        gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload""",
     "profiling is not part of the configuration": """
         memory_profiling memory_profiling_path profile profile_step_start profile_step_stop flops_profiler""",
     "data is read by background threads: performance.prefetch": "num_workers mmap_warmup",
@@ -334,6 +340,10 @@ IDLE: dict[str, str] = {
     ),
     "s3_chunk_size": "used only with s3_path",
     "use_wandb": "W&B is not used",
+    "use_comet": "Comet is not used",
+    **dict.fromkeys(
+        ("comet_workspace", "comet_project", "comet_experiment_name", "comet_tags"), "used only with use_comet: true"
+    ),
     "gpt_j_tied": "used only with gpt_j_residual",
     **dict.fromkeys(
         ("base_shapes_file", "mup_init_scale", "mup_attn_temp", "mup_output_temp", "mup_embedding_mult"),

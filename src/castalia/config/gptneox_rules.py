@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.config.gptneox_curriculum import CURRICULUM_RULES
-from castalia.config.gptneox_given import Given, Rule
+from castalia.config.gptneox_given import Given, Rule, near
 from castalia.config.gptneox_hosts import KEYS as HOST_KEYS
 from castalia.config.gptneox_hosts import counted_devices
 from castalia.config.gptneox_model import MODEL_RULES, score_scaling
@@ -45,6 +45,7 @@ RENAMED: dict[str, str] = {
     "checkpoint_validation_with_forward_pass": "checkpoint.validate_forward",
     "log_interval": "logging.interval",
     "log_grad_pct_zeros": "logging.zero_gradients",
+    "log_gradient_noise_scale": "logging.noise_scale",
     "log_dir": "logging.log_dir",
     "tensorboard_dir": "logging.tensorboard",
     "char_level_ppl": "evaluation.characters",
@@ -119,11 +120,8 @@ def data_parallel(given: Given) -> int:
     return devices // parallel
 
 
-_FP16 = "give precision=bfloat16 fp16=null (or precision=fp32 fp16=null) after the file"
-
-
 def precision(given: Given) -> str:
-    """fp32 or bf16, by the rules of v2.0 or of main; fp16 is refused."""
+    """fp32, bf16 or fp16, by the rules of v2.0 or of main."""
     if given.compat == "v2.0":
         return _precision_v2(given)
     if given["fp16"] is not None and "enabled" not in given["fp16"]:
@@ -137,8 +135,6 @@ def precision(given: Given) -> str:
             kind = meant
             if block == "fp16":
                 break
-    if kind == "fp16":
-        given.unsupported("fp16" if "fp16" in given else "precision", "training in fp16", _FP16)
     return kind
 
 
@@ -150,10 +146,62 @@ def _precision_v2(given: Given) -> str:
     if block.get("type", given["precision"]) == "bfloat16":
         return "bf16"
     if block.get("enabled"):
-        given.unsupported("fp16", "training in fp16", _FP16)
+        return "fp16"
     if given["precision"] == "fp16":
         given.remark("precision: fp16 without an fp16 block means fp32 in v2.0, so it does here")
     return "fp32"
+
+
+# What an fp16 block may hold -> ours; DeepSpeed's defaults are ours too.
+_SCALES = {
+    "loss_scale": "loss_scale",
+    "initial_scale_power": "initial_scale_power",
+    "loss_scale_window": "loss_scale_window",
+    "hysteresis": "loss_scale_hysteresis",
+    "min_loss_scale": "min_loss_scale",
+}
+_OTHERS = {
+    "consecutive_hysteresis": "a hysteresis that each good step refills",
+    "auto_cast": "inputs that are cast to fp16",
+    "fp16_master_weights_and_grads": "master weights in fp16",
+}
+
+
+def _scale(key: str) -> Callable[[Given], Any]:
+    """The value of a key of the fp16 block, where it counts: in fp16, and of a dynamic scale where the scale is one."""
+
+    def value(given: Given) -> Any:
+        if precision(given) != "fp16":
+            return None
+        block = _fp16_block(given)
+        if key == "loss_scale":
+            return float(block["loss_scale"]) if block.get("loss_scale") else None
+        if block.get("loss_scale"):
+            return None  # it stays: nothing moves it there either
+        if key == "hysteresis" and not (given["zero_optimization"] or {}).get("stage"):
+            given.remark(
+                "fp16.hysteresis: without ZeRO GPT-NeoX halves the loss scale at each overflow, so it is 1 here"
+            )
+            return 1
+        number = block.get(key)
+        return float(number) if key == "min_loss_scale" and number is not None else number
+
+    return value
+
+
+def _fp16_block(given: Given) -> dict[str, Any]:
+    block: dict[str, Any] = given["fp16"] or {}
+    for key, number in block.items():
+        if key in _OTHERS:
+            if number:
+                given.unsupported("fp16", _OTHERS[key], f"remove {key}")
+        elif key not in (*_SCALES, "enabled", "type"):
+            given.fail("fp16", f"has an unknown key '{key}'{near(key, _SCALES)}")
+        elif key in _SCALES:
+            whole = key not in ("loss_scale", "min_loss_scale")
+            if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
+                given.fail("fp16", f"has {key} {number!r}: give a {'whole ' if whole else ''}number")
+    return block
 
 
 # Data and tokenizer.
@@ -254,6 +302,7 @@ RULES: tuple[Rule, ...] = (
     Rule("training.batch_size", _BATCH, lambda g: batch(g)[0]),
     Rule("training.micro_batch_size", _BATCH[1:] + _BATCH[:1], lambda g: batch(g)[1]),
     Rule("training.precision", ("precision", "fp16", "bf16"), precision),
+    *(Rule(f"training.{ours}", ("fp16",), _scale(key)) for key, ours in _SCALES.items()),
     Rule("loss.normalisation", (), lambda g: "micro_batch_mean"),
     Rule("data.split", ("split",), data_split),
     *(Rule(f"data.{s}_weights", (f"{s}_data_weights",), _own_weights(f"{s}_data_weights")) for s in _SPLITS),

@@ -151,11 +151,28 @@ _WANDB = {
     "wandb_init_all_ranks": "wandb_all_ranks",
 }
 _PUBLIC_WANDB = "https://api.wandb.ai"
+_COMET = {
+    "comet_project": "comet_project",
+    "comet_workspace": "comet_workspace",
+    "comet_experiment_name": "comet_name",
+    "comet_tags": "comet_tags",
+}
 
 
 def norms(given: Given) -> list[str] | None:
     """Which norms of each parameter are recorded."""
     return [ours for key, ours in _NORMS.items() if given[key]] or None
+
+
+def _comet(key: str) -> Callable[[Given], Any]:
+    """One of Comet's settings, where it is used at all; its own name for runs without a project is `general`."""
+
+    def value(given: Given) -> Any:
+        if not given["use_comet"]:
+            return None
+        return "general" if key == "comet_project" and given[key] is None else given[key]
+
+    return value
 
 
 def _wandb(key: str) -> Callable[[Given], Any]:
@@ -217,6 +234,7 @@ RUN_RULES: tuple[Rule, ...] = (
     Rule("evaluation.continuing", (), lambda g: True),
     Rule("logging.norms", tuple(_NORMS), norms),
     *(Rule(f"logging.{ours}", (key, "use_wandb"), _wandb(key)) for key, ours in _WANDB.items()),
+    *(Rule(f"logging.{ours}", (key, "use_comet"), _comet(key)) for key, ours in _COMET.items()),
     Rule("launch.launcher", ("launcher", "deepspeed_slurm", "deepspeed_mpi"), launcher),
     Rule("launch.hostfile", ("hostfile",), lambda g: g["hostfile"]),
     Rule("launch.include", ("include",), lambda g: g["include"]),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from castalia.config.schema_guard import GuardConfig as GuardConfig
 from castalia.config.schema_launch import LaunchConfig
 from castalia.config.schema_model import ModelConfig
 from castalia.config.schema_optimizer import OptimizerConfig as OptimizerConfig
@@ -188,7 +189,20 @@ class TrainingConfig(Section):
     micro_batch_size: int | None = setting(
         None, "sequences per forward pass and device; null: the whole batch", "performance", "sequences", ge=1
     )
-    precision: Literal["fp32", "bf16"] = setting("fp32", "dtype of matrix products; weights are fp32 in either")
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting(
+        "fp32",
+        "dtype of matrix products; weights are fp32 in each. fp16 scales the loss; fp8: bf16, and float8 for the "
+        "products of the layers' linear maps",
+    )
+    loss_scale: float | None = setting(None, "fp16: what the loss is multiplied by; null: what fits, found anew", gt=0)
+    initial_scale_power: int = setting(16, "fp16: the loss scale begins at 2 to this power", ge=0, le=64)
+    loss_scale_window: int = setting(
+        1000, "fp16: steps without an overflow after which the loss scale doubles", unit="steps", ge=1
+    )
+    loss_scale_hysteresis: int = setting(
+        2, "fp16: the loss scale is halved at this overflow, and at each one after it until it doubles", ge=1
+    )
+    min_loss_scale: float = setting(1.0, "fp16: the least loss scale; a step that overflows even so ends the run", gt=0)
     seed: int = setting(1234, "seed of weights and, unless data.seed is given, of the data order", ge=0, le=2**32 - 1)
     exit_interval: int | None = setting(None, "save and stop after every so many steps", "cosmetic", "steps", ge=1)
     nonfinite: Literal["stop", "skip"] = setting(
@@ -196,6 +210,27 @@ class TrainingConfig(Section):
         "where loss or gradient is not a number: stop the run, or skip the update (and stop after 50 in a row)",
         "cosmetic",
     )
+
+    @model_validator(mode="after")
+    def _scale(self) -> TrainingConfig:
+        fields = type(self).model_fields
+        moving = ("initial_scale_power", "loss_scale_window", "loss_scale_hysteresis", "min_loss_scale")
+        given = [k for k in ("loss_scale", *moving) if getattr(self, k) != fields[k].default]
+        if given and self.precision != "fp16":
+            raise ValueError(
+                f"training.{given[0]} is of use with training.precision fp16 alone: leave it out, or set "
+                "training.precision=fp16"
+            )
+        if given and self.loss_scale is not None and given[-1] in moving:
+            raise ValueError(
+                f"training.{given[-1]} moves a dynamic scale, and training.loss_scale fixes it: leave one of them out"
+            )
+        if self.min_loss_scale > 2.0**self.initial_scale_power:
+            raise ValueError(
+                f"training.min_loss_scale {self.min_loss_scale} is above 2 to the power of "
+                f"training.initial_scale_power {self.initial_scale_power}: lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
@@ -328,6 +363,8 @@ class LoggingConfig(Section):
         [], "L2 norms to record for each parameter: of its gradient, its weights, its optimizer's moments", "cosmetic"
     )
     zero_gradients: bool = setting(False, "record the share of zeros in each parameter's gradient", "cosmetic")
+    noise_scale: bool = setting(False, "record the gradient noise scale with its 95% interval", "cosmetic")
+    noise_scale_window: int = setting(100, "steps that the noise scale is a mean of", "cosmetic", "steps", ge=2)
     log_dir: str | None = setting(
         None, "folder for copies of what is printed, HOST_stdout.txt and HOST_stderr.txt; null: none", "cosmetic"
     )
@@ -343,6 +380,29 @@ class LoggingConfig(Section):
     )
     wandb_host: str | None = setting(None, "address of a W&B server of one's own; null: as W&B is set", "cosmetic")
     wandb_all_ranks: bool = setting(False, "every process has a W&B run, not the first alone", "cosmetic")
+    comet_project: str | None = setting(None, "project in Comet; null: it is not used", "cosmetic")
+    comet_workspace: str | None = setting(None, "workspace of the project; null: Comet's default", "cosmetic")
+    comet_name: str | None = setting(None, "what the run is called there; null: as here", "cosmetic")
+    comet_tags: list[str] = setting([], "tags of the run there", "cosmetic")
+    comet_mode: Literal["online", "offline"] = setting(
+        "online", "offline keeps an archive in the run's folder for `comet upload`", "cosmetic"
+    )
+    mlflow_experiment: str | None = setting(None, "experiment in MLflow; null: it is not used", "cosmetic")
+    mlflow_uri: str | None = setting(
+        None, "MLflow's server, database or folder; null: mlflow.db in the run's folder", "cosmetic"
+    )
+    trackio_project: str | None = setting(None, "project in Trackio on this machine; null: it is not used", "cosmetic")
+
+    @model_validator(mode="after")
+    def _trackers(self) -> LoggingConfig:
+        for key, owner in (("comet_workspace", "comet_project"), ("comet_name", "comet_project")):
+            if getattr(self, key) is not None and getattr(self, owner) is None:
+                raise ValueError(f"logging.{key} is of use with logging.{owner} alone: give that too")
+        if self.comet_project is None and (self.comet_tags or self.comet_mode != "online"):
+            raise ValueError("logging.comet_tags and comet_mode are of use with logging.comet_project: give that too")
+        if self.mlflow_uri is not None and self.mlflow_experiment is None:
+            raise ValueError("logging.mlflow_uri is of use with logging.mlflow_experiment alone: give that too")
+        return self
 
 
 class PerformanceConfig(Section):
@@ -400,6 +460,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="gradients to weights")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate by step")
     loss: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="what happens where it jumps")
     start: StartConfig = Field(default_factory=StartConfig, description="what the run begins from")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="validation")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saved state")
@@ -455,6 +516,8 @@ class Config(Section):
         if self.loss.mtp != LossConfig.model_fields["mtp"].default and not self.model.mtp_depth:
             raise ValueError("loss.mtp weighs what model.mtp_depth predicts: give model.mtp_depth, or leave it out")
         self._addressable()
+        if self.guard.spikes != "none" and self.training.nonfinite == "skip":
+            raise ValueError("training.nonfinite skip and guard.spikes both answer what is not a number: give one")
         if self.training.batch_ramp_start is not None and self.data.curriculum != "none":
             raise ValueError("training.batch_ramp_start and data.curriculum do not go together: give one of them")
         if self.schedule.min_lr > self.optimizer.lr:

@@ -15,6 +15,7 @@ g = n / k, d head size, r rotated dimensions of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -72,12 +73,21 @@ class Context(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b in W's dtype."""
+    """y = x W^T + b in W's dtype.
+
+    Attributes:
+        product: computes x W^T in place of torch's own product (castalia.model.float8); None: nothing does.
+    """
+
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` of any dtype to `[..., out]` of the weight's dtype."""
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        return F.linear(x.to(self.weight.dtype), self.weight, bias)
+        if self.product is None:
+            return F.linear(x.to(self.weight.dtype), self.weight, bias)
+        y = self.product(x.to(self.weight.dtype), self.weight)
+        return y if bias is None else y + bias
 
 
 class MLP(nn.Module):

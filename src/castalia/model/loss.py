@@ -9,8 +9,8 @@ wanted it is computed at once, in the same pass, and backward only hands it over
 
 The softmax is never normalised on the [tokens, V] side: the row factor 1/z goes on the small
 [tokens, h] operands. Statistics are fp32 (fp64 for an fp64 matrix); products run in the dtype
-of the matrix. The z-loss (Chowdhery et al. 2022) adds a multiple of (log sum exp logits)^2 to each
-token's loss, in the same pass.
+of the matrix. In fp16, whose range z leaves, the rows are normalised after all. The z-loss
+(Chowdhery et al. 2022) adds a multiple of (log sum exp logits)^2 to each token's loss, in the same pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IGNORED = -100
 # Logits whose fp32 exponentials are in flight at once: a few rows, small enough to stay in a CPU's second-level
 # cache from the search for the largest to the sum.
 _SCRATCH_ELEMENTS = 1 << 18
-# Chunks whose weight gradients are summed in bf16 before the sum is moved to fp32.
+# Chunks whose weight gradients are summed in 16 bits before the sum is moved to fp32.
 _CHUNKS_IN_LOW = 4
 
 
@@ -140,6 +140,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden, dtype=wide) if wants else None
         d_weight = _WeightGradient(weight) if wants else None
         d_bias = torch.zeros_like(bias, dtype=wide) if wants and bias is not None else None
+        half = weight.dtype == torch.float16
+        outside = scale if half else 1.0
         total, squares = torch.zeros(2, dtype=torch.float64, device=hidden.device).unbind()
         buffer = torch.empty(min(chunk_size, tokens), weight.shape[0], dtype=weight.dtype, device=weight.device)
         for rows in _chunks(tokens, chunk_size):
@@ -164,14 +166,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # of log z adds 2 log z e / z.
             if z_loss > 0:
                 logits.mul_((1 + 2 * z_loss * log_z).unsqueeze(1).to(logits.dtype))
+            if half:
+                # z goes beyond fp16's largest number and scale / z below its smallest: the rows are made
+                # probabilities, and the scale waits for the wide sums.
+                logits.mul_((valid / z).unsqueeze(1))
+                z, factor = valid.to(wide), torch.ones_like(z).unsqueeze(1)
+            else:
+                factor = ((valid / z) * scale).unsqueeze(1)
             target_e = logits.view(-1)[at].to(wide)
             logits.view(-1).index_copy_(0, at, torch.where(here, target_e - z, target_e).to(logits.dtype))
-            factor = ((valid / z) * scale).unsqueeze(1)
-            torch.mul(torch.mm(logits, weight), factor, out=d_hidden[rows])
+            torch.mul(torch.mm(logits, weight), factor * outside, out=d_hidden[rows])
             d_weight.add(logits, (hidden[rows] * factor).to(weight.dtype))
             if d_bias is not None:
-                d_bias += torch.mm(logits.T, factor.to(logits.dtype)).squeeze(1)
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.result(), d_bias)
+                d_bias += torch.mm(logits.T, factor.to(logits.dtype)).squeeze(1) * outside
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.result(outside), d_bias)
         ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(total, squares)
         scaled = total + z_loss * squares if z_loss > 0 else total
@@ -189,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _WeightGradient:
     """Sum over chunks of e^T h, in the dtype of the matrix but for long sums.
 
-    A sum in bf16 loses more the more chunks it has, so after every few it is moved to fp32: the error
+    A sum in 16 bits loses more the more chunks it has, so after every few it is moved to fp32: the error
     stays that of a few roundings, and a short micro-batch pays nothing.
     """
 
@@ -206,12 +214,13 @@ class _WeightGradient:
         torch.addmm(self._part, e.T, h, beta=min(self._chunks, 1), out=self._part)
         self._chunks += 1
 
-    def result(self) -> Tensor:
-        """The sum, in the dtype of the matrix."""
-        if self._total is None:
+    def result(self, factor: float | Tensor = 1.0) -> Tensor:
+        """The sum times a factor, in the dtype of the matrix."""
+        if self._total is None and isinstance(factor, float) and factor == 1.0:
             return self._part
         self._flush()
-        return self._part.copy_(self._total)
+        assert self._total is not None
+        return self._part.copy_(self._total.mul_(factor))
 
     def _flush(self) -> None:
         self._total = self._part.float() if self._total is None else self._total.add_(self._part)

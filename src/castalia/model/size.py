@@ -150,7 +150,7 @@ class ModelSize:
             the causal mask), as PaLM's appendix B counts. Of experts, those that a token meets.
         weight_bytes, gradient_bytes, optimizer_bytes: fp32 weights and gradients, two fp32
             moments; of a soft prompt alone, where there is one, as all else is frozen.
-        working_bytes: bf16 copies of the matrices, where precision is bf16.
+        working_bytes: 16-bit copies of the matrices, where precision is not fp32.
     """
 
     total_parameters: int
@@ -217,7 +217,7 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
         weight_bytes=4 * total,
         gradient_bytes=4 * trained,
         optimizer_bytes=8 * trained,
-        working_bytes=2 * low if config.training.precision == "bf16" else 0,
+        working_bytes=2 * low if config.training.precision != "fp32" else 0,
     )
 
 

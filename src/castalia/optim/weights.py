@@ -4,7 +4,7 @@ A store owns the fp32 master weights (which are the module's own parameters), th
 and the optimizer. It lends *working* weights for a forward pass and takes their gradients:
 
     masters fp32 ──refresh──> working weights ──forward, backward──> their .grad
-       ^                      (bf16 copies of the matrices)               │ collect()
+       ^                     (16-bit copies of the matrices)              │ collect()
        └──────── optimizer <──── gradients fp32 <─────────────────────────┘
 
 `PlainStore` works parameter by parameter, and is what a sharded run uses. `ArenaStore` keeps
@@ -77,6 +77,18 @@ class WeightStore(Protocol):
         """Accumulated gradients by name (views or copies), for inspection."""
         ...
 
+    def so_far(self) -> dict[str, Tensor]:
+        """This rank's part of the gradients accumulated so far, by name, in the middle of a step."""
+        ...
+
+    def square_so_far(self) -> float:
+        """Squared L2 norm of the gradients accumulated so far, of this rank's replica of the model."""
+        ...
+
+    def watch_first(self) -> None:
+        """Say that `square_so_far` will be asked for after the first micro-batch of each step."""
+        ...
+
     def gradient_buffers(self) -> list[Tensor]:
         """The accumulated gradients in as few tensors as there are, to be summed over ranks in place."""
         ...
@@ -102,8 +114,13 @@ class WeightStore(Protocol):
 def make_store(model: nn.Module, cfg: OptimizerConfig, precision: str, arena: bool) -> WeightStore:
     """The store that the configuration asks for."""
     arena = arena and optimizer_kind(cfg).elementwise
-    low = torch.bfloat16 if precision == "bf16" else None
+    low = working_dtype(precision)
     return ArenaStore(model, cfg, low) if arena else PlainStore(model, cfg, low)
+
+
+def working_dtype(precision: str) -> torch.dtype | None:
+    """Dtype of the working copies of matrices under a `training.precision`; None: there are none, masters serve."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[precision]
 
 
 def low_precision_names(model: nn.Module) -> list[str]:
@@ -177,6 +194,21 @@ class _Store:
 
     def reduce(self) -> None:
         """Nothing to do: one process has the whole gradient."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        raise NotImplementedError
+
+    def watch_first(self) -> None:
+        """Nothing to do: gradients accumulate here."""
+
+    def so_far(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        return self.gradients()
+
+    def square_so_far(self) -> float:
+        """See WeightStore."""
+        return sum(sum_of_squares(part).item() for part in self.so_far().values())
 
     @torch.no_grad()
     def _refresh_frozen(self) -> None:
@@ -269,7 +301,7 @@ class _Store:
 
 
 class PlainStore(_Store):
-    """Masters are separate parameters; bf16 working weights are differentiable casts of them."""
+    """Masters are separate parameters; 16-bit working weights are differentiable casts of them."""
 
     def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
         super().__init__(model, cfg, low)
@@ -351,7 +383,7 @@ class _Segment:
 
 
 class ArenaStore(_Store):
-    """Masters, gradients, moments and bf16 copies in flat buffers; parameters are views of the masters."""
+    """Masters, gradients, moments and 16-bit copies in flat buffers; parameters are views of the masters."""
 
     def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
         super().__init__(model, cfg, low)

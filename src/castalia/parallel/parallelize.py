@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from castalia.config import Config
 from castalia.errors import UserError
+from castalia.model.float8 import use_float8
 from castalia.model.initial import initial_value
 from castalia.model.loss import VocabularyShard
 from castalia.model.recompute import LayerRunner, Recompute, run_layer
@@ -57,6 +58,8 @@ def parallelize(config: Config, mesh: Mesh) -> Parts:
         model = Transformer(config.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     model.runner = runner_of(config, mesh.layout)
+    if config.training.precision == "fp8":
+        use_float8(model)
     model, places = wrap(model, config, mesh)
     model.to_empty(device=HOST if config.parallel.offload == "parameters" else mesh.device)
     fill(model, places, config)

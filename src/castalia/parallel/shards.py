@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from castalia.config import Config, OptimizerConfig
 from castalia.model.transformer import Transformer
 from castalia.optim.offload import HOST, HostStore
-from castalia.optim.weights import PlainStore, low_precision_names
+from castalia.optim.weights import PlainStore, low_precision_names, working_dtype
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.parallelize import local_part, moved
 from castalia.parallel.plans import Place
@@ -30,13 +30,14 @@ def shard(model: Transformer, places: dict[str, Place], config: Config, mesh: Me
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     ranks = mesh.device_mesh("shard", "context") if mesh.layout.replicate == 1 else _two_dimensional(mesh)
-    # Weights of matrices are gathered in bf16, all others in fp32, as without ZeRO.
-    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # Weights of matrices are gathered in their working dtype, all others in fp32, as without ZeRO.
+    working = working_dtype(config.training.precision)
+    low = MixedPrecisionPolicy(working, torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
     again = mesh.layout.zero == 3
     host = config.parallel.offload == "parameters"
     where = CPUOffloadPolicy(pin_memory=mesh.device.type != HOST.type) if host else OffloadPolicy()
-    matrices = set(low_precision_names(model)) if config.training.precision == "bf16" else set()
+    matrices = set(low_precision_names(model)) if working is not None else set()
 
     def wrap(module: nn.Module, prefix: str, gather_again: bool) -> None:
         inner = [
@@ -94,6 +95,7 @@ class ShardedStore(PlainStore):
 
     def __init__(self, model: Transformer, cfg: OptimizerConfig, zero: int) -> None:
         self._wrapped, self._zero = cast(Any, model), zero
+        self._watched = False
         super().__init__(_Locals(model), cfg, None)
 
     def working(self) -> dict[str, Tensor]:
@@ -106,10 +108,11 @@ class ShardedStore(PlainStore):
     def prepare(self, first: bool, last: bool) -> None:
         """See WeightStore: it decides when weights are gathered and gradients summed and scattered."""
         self._last = last
-        self._wrapped.set_requires_gradient_sync(self._zero > 1 or last)
+        watched = first and self._watched
+        self._wrapped.set_requires_gradient_sync(self._zero > 1 or last or watched)
         self._wrapped.set_is_last_backward(last)
         if self._zero < 3:
-            self._wrapped.set_reshard_after_backward(last)
+            self._wrapped.set_reshard_after_backward(last or watched)
 
     def collect(self) -> None:
         """After the last micro-batch: take the gradients, which accumulate in FSDP2."""
@@ -120,6 +123,15 @@ class ShardedStore(PlainStore):
         ):
             if wrapped.grad is not None:
                 mine.grad = cast(Any, wrapped.grad).to_local()
+
+    def watch_first(self) -> None:
+        """See WeightStore: in each stage, the first micro-batch's gradients are summed and scattered at once."""
+        self._watched = True
+
+    def so_far(self) -> dict[str, Tensor]:
+        """See WeightStore; FSDP2 has summed it over the data-parallel ranks already."""
+        found = {n: cast(Any, p.grad) for n, p in self._wrapped.named_parameters() if p.grad is not None}
+        return {n: grad.to_local() for n, grad in found.items()}
 
     def discard(self) -> None:
         """See WeightStore."""

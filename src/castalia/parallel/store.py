@@ -57,7 +57,7 @@ class SpreadStore:
         self.discard, self.refresh, self.set_updates = inner.discard, inner.refresh, inner.set_updates
         self.step = inner.step
         self.gradients, self.averaged, self.trained = inner.gradients, inner.averaged, inner.trained
-        self.reach = inner.reach
+        self.reach, self.watch_first = inner.reach, inner.watch_first
         if isinstance(inner.optimizer, MatrixOptimizer):
             inner.reach(wholes(inner.trained, places, mesh))
         self._kind, self._average = optimizer_kind(cfg), cfg.average is not None
@@ -75,6 +75,24 @@ class SpreadStore:
         self._sum([g for n, g in gradients.items() if self._places[n].partial], "tensor")
         if self._mesh.layout.pipeline > 1 and "head.weight" not in self._shapes and "embedding.weight" in gradients:
             self._mesh.sum_over_ends(gradients["embedding.weight"])
+
+    def so_far(self) -> dict[str, Tensor]:
+        """See WeightStore."""
+        return self.inner.so_far()
+
+    @torch.no_grad()
+    def square_so_far(self) -> float:
+        """See WeightStore. With ZeRO and no pipeline the gradients are of all data-parallel ranks together."""
+        together = self._mesh.layout.zero > 0
+        replicas = 1 if together else self._mesh.size(*GRADIENT_AXES)
+        total = 0.0
+        for name, part in self.inner.so_far().items():
+            place = self._places[name]
+            whole = self._mesh.sum_tensor(part.clone(), "tensor") if place.partial else part
+            total += sum_of_squares(whole).item() / (place.copies / replicas)
+        for axes in (AXES,) if together else (("tensor",), ("pipeline",)):
+            (total,) = self._mesh.sum([total], *axes)
+        return total
 
     def gradient_buffers(self) -> list[Tensor]:
         """See WeightStore; of this rank's part."""

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from castalia.config import Config
+from castalia.model.float8 import use_float8
 from castalia.model.transformer import Transformer, build_model
 from castalia.optim import WeightStore
 from castalia.optim.offload import store_of
@@ -62,6 +63,8 @@ def assemble(config: Config, mesh: Mesh) -> Assembled:
         check_layout(config, mesh.layout)
         model = build_model(config.model, seed, mesh.device)
         model.runner = runner_of(config, mesh.layout)
+        if config.training.precision == "fp8":
+            use_float8(model)
         store = store_of(model, config, config.performance.arena)
         engine = LocalEngine(model, store, config.loss, config.performance.compile, seed)
         return Assembled(mesh, model, store, engine, {})

@@ -23,10 +23,16 @@ from castalia.model.mtp import shifted
 
 
 class Auxiliary:
-    """The auxiliary terms of one step: `add` for each micro-batch, then `reduce`, then `aux` and `experts`."""
+    """The auxiliary terms of one step: `add` for each micro-batch, then `reduce`, then `aux` and `experts`.
 
-    def __init__(self, loss: LossConfig, model: ModelConfig) -> None:
-        self._loss, self._model = loss, model
+    Args:
+        loss: their coefficients.
+        model: what is trained.
+        scale: of the loss, so also of what is added to it (fp16).
+    """
+
+    def __init__(self, loss: LossConfig, model: ModelConfig, scale: float = 1.0) -> None:
+        self._loss, self._model, self._scale = loss, model, scale
         # Tensors on the device until `reduce`, so that no micro-batch waits for the one before.
         self._noted: dict[str, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
@@ -60,7 +66,8 @@ class Auxiliary:
         for layer, routing in collected.routing.items():
             balance = balance_loss(routing, self._loss.moe_balance_scope)
             z = router_z_loss(routing)
-            total = total + share * (self._loss.moe_balance * balance + self._loss.moe_z_loss * z)
+            terms = self._loss.moe_balance * balance + self._loss.moe_z_loss * z
+            total = total + self._scale * share * terms
             self._note("moe_balance", share / layers * balance.detach())
             self._note("moe_z_loss", share / layers * z.detach())
             self._counts[layer] = self._counts.get(layer, 0) + expert_counts(routing)

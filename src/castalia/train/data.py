@@ -211,6 +211,11 @@ def missing_splits(config: Config, data: RunData, steps: int) -> list[str]:
     return sentences
 
 
+def left_out(config: Config) -> int:
+    """Steps whose samples a run may come to leave out."""
+    return config.guard.budget if config.guard.spikes != "none" else 0
+
+
 def sample_counts(config: Config, steps: int) -> dict[str, int]:
     """Samples asked of each split, as GPT-NeoX reckons them where its order must come out the same."""
     batch, evaluation = config.training.batch_size, config.evaluation
@@ -218,7 +223,8 @@ def sample_counts(config: Config, steps: int) -> dict[str, int]:
     valid = once if evaluation.at_end else 0
     if evaluation.interval:
         valid = evaluation_samples(steps, evaluation.interval, evaluation.batches, batch, evaluation.continuing)
-    return {"train": run_samples(config, steps), "valid": valid, "test": once if evaluation.test_at_end else 0}
+    train = run_samples(config, steps + left_out(config))
+    return {"train": train, "valid": valid, "test": once if evaluation.test_at_end else 0}
 
 
 def _prefixes(config: Config) -> list[str]:

@@ -40,6 +40,7 @@ class StepStats:
         loss: what was minimised: nll_sum / tokens, or the mean of micro-batch means.
         aux: further losses and measures by name.
         experts: tokens of each expert, by executed layer.
+        small: squared norm of the mean gradient of a part of the batch (a mean over such parts), and its tokens.
     """
 
     nll_sum: float
@@ -47,10 +48,17 @@ class StepStats:
     loss: float
     aux: dict[str, float] = field(default_factory=dict)
     experts: dict[int, list[int]] = field(default_factory=dict)
+    small: tuple[float, float] | None = None
 
 
 class Engine(Protocol):
-    """What the loop needs."""
+    """What the loop needs.
+
+    Attributes:
+        loss_scale: what the loss, so also the gradient in the store, is multiplied by; 1 but in fp16.
+    """
+
+    loss_scale: float
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
         """Accumulate the gradient of the global batch's loss into the store; dropout depends on `step`."""
@@ -60,9 +68,26 @@ class Engine(Protocol):
         """The loss of some batches, without gradients."""
         ...
 
+    measures_noise: bool
+
     def updated(self) -> None:
         """Told after the weights were updated with the step's gradients: what follows from them moves now."""
         ...
+
+
+def small_part(store: WeightStore, mesh: Mesh, tokens: int, factor: float) -> tuple[float, float]:
+    """What the accumulated gradients, of a part of the batch, say for StepStats.small.
+
+    Args:
+        tokens: valid labels that this rank has seen.
+        factor: makes this rank's gradient the mean one of its tokens.
+    """
+    square, data = store.square_so_far(), mesh.layout.data
+    if mesh.layout.zero:  # of all ranks' tokens together, whichever rank has how many
+        ours, together = tokens * factor, mesh.sum([tokens], "replicate", "shard")[0]
+        return square * (ours / max(together, 1)) ** 2, together
+    squares, seen = mesh.sum([square * factor**2, tokens], "replicate", "shard")
+    return squares / data, seen / data
 
 
 class LocalEngine:
@@ -96,6 +121,8 @@ class LocalEngine:
         self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0
         self.loss_sums = look_up(LOSSES, loss.function, "loss.function")
         self._experts: dict[int, list[int]] = {}
+        self.loss_scale = 1.0
+        self.measures_noise = False
 
         def hidden(
             weights: dict[str, Tensor],
@@ -119,19 +146,22 @@ class LocalEngine:
         means = torch.zeros_like(nll)
         tokens = 0
         all_micro_batches = len(micro_batches) * self.mesh.layout.data
-        auxiliary = Auxiliary(self.loss, self.model.cfg)
+        small: tuple[float, float] | None = None
+        auxiliary = Auxiliary(self.loss, self.model.cfg, self.loss_scale)
         all_rows = sum(len(batch.tokens) for batch in micro_batches) * self.mesh.layout.data
         for number, batch in enumerate(micro_batches):
             self.store.prepare(number == 0, number == len(micro_batches) - 1)
             batch = stretch(batch, self.mesh)
             valid = batch.num_tokens
             # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
-            scale = 1.0 / (max(global_tokens, 1) if by_tokens else all_micro_batches * max(valid, 1))
+            scale = self.loss_scale / (max(global_tokens, 1) if by_tokens else all_micro_batches * max(valid, 1))
             sums, collected, head = self._loss(batch, scale, self._dropout(batch, step), self.collects)
             labels = batch.labels.to(self.device)
             doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(self.device)
             auxiliary.add(sums, collected, labels, len(labels) / all_rows, head, doc_ids).backward()
             self.store.collect()
+            if number == 0 and self.measures_noise:
+                small = small_part(self.store, self.mesh, valid, 1 / (scale * max(valid, 1)))
             nll += sums.nll
             means += sums.nll / max(valid, 1)
             tokens += valid
@@ -140,7 +170,7 @@ class LocalEngine:
         loss = nll_sum / max(count, 1) if by_tokens else mean_sum / all_micro_batches
         auxiliary.reduce(lambda values: self.mesh.sum(values, *GRADIENT_AXES))
         self._experts = auxiliary.experts
-        return StepStats(nll_sum, int(count), loss, auxiliary.aux(int(count)), auxiliary.experts)
+        return StepStats(nll_sum, int(count), loss, auxiliary.aux(int(count)), auxiliary.experts, small)
 
     def updated(self) -> None:
         """See Engine: the routers' biases move by the use of experts in the step's batch."""

@@ -24,7 +24,7 @@ from castalia.optim import WeightStore
 from castalia.parallel.context import stretch
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.stages import Part, Stage, make_schedule
-from castalia.train.engine import StepStats
+from castalia.train.engine import StepStats, small_part
 
 SUMMED = ("pipeline", "replicate", "shard", "context")
 
@@ -51,19 +51,27 @@ class PipelineEngine:
         self._stages = [Stage(part, number, self._run) for number in part.mine]
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._by_tokens = config.loss.normalisation == "tokens"
-        self._scale, self._micro_batches = 1.0, 1
+        self.loss_scale, self._scale, self._micro_batches = 1.0, 1.0, 1
+        self.measures_noise = False
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
         """See Engine."""
         self.part.step, self.part.drops = step, self._drops
-        self._scale, self._micro_batches = 1.0 / max(global_tokens, 1), len(micro_batches) * self.mesh.layout.data
+        self._scale = self.loss_scale / max(global_tokens, 1)
+        self._micro_batches = len(micro_batches) * self.mesh.layout.data
         self.store.prepare(True, True)
         seen = self._through(micro_batches, train=True)
         self.store.collect()
+        small = None
+        if self.measures_noise:
+            valid = sum(batch.num_tokens for batch in micro_batches)
+            parts = global_tokens / max(valid, 1) if self._by_tokens else self.mesh.layout.data
+            small = small_part(self.store, self.mesh, valid, parts / self.loss_scale)
         self.store.reduce()
         nll, mean, count = self.mesh.sum(seen, *SUMMED)
-        return StepStats(nll, int(count), nll / max(count, 1) if self._by_tokens else mean / self._micro_batches)
+        loss = nll / max(count, 1) if self._by_tokens else mean / self._micro_batches
+        return StepStats(nll, int(count), loss, small=small)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
@@ -120,7 +128,7 @@ class PipelineEngine:
             weights[part.head_name] if weights else part.head_weight,
             labels,
             bias=weights.get("head.bias") if weights else part.head_bias,
-            scale=self._scale if self._by_tokens else 1.0 / (self._micro_batches * valid.clamp(min=1)),
+            scale=self._scale if self._by_tokens else self.loss_scale / (self._micro_batches * valid.clamp(min=1)),
             z_loss=cfg.z_loss,
             chunk_size=cfg.chunk_size,
             shard=self.vocabulary,

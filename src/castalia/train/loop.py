@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from castalia.config import CheckpointConfig
+from castalia.data.loader import Batch
 from castalia.errors import UserError
 from castalia.optim import learning_rate
+from castalia.train.guard import step_around
 
 if TYPE_CHECKING:
     from castalia.train.run import Run
@@ -46,7 +48,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     """
     cfg = run.config
     steps, clip = run.steps, cfg.optimizer.clip_grad
-    with _signals() as caught, closing(run.loader.stream(run.step, steps)) as batches:
+    with _signals() as caught, closing(_batches(run)) as batches:
         if run.step == 0 and not run.resumed and 0 in cfg.checkpoint.extra_steps:
             run.save()
         if run.resumed:
@@ -59,18 +61,29 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
 
             # One step.
             tokens = run.parts.count(sum(batch.num_tokens for batch in micro_batches))
+            if run.scaler is not None:
+                run.engine.loss_scale = run.scaler.scale
             stats = run.engine.forward_backward(micro_batches, tokens, spec.step)
+            if run.scaler is not None:
+                run.scaler.unscale(run.store.gradient_buffers())
             norm = run.store.gradient_norm()
             grad_norm = norm.item()
             run.before_update()
-            if math.isfinite(stats.loss) and math.isfinite(grad_norm):
+            finite = math.isfinite(stats.loss) and math.isfinite(grad_norm)
+            if finite or run.scaler is None:  # in fp16 an overflow is no spike
+                why = run.guard.judge(stats.loss, grad_norm)
+                if why is not None:
+                    step_around(run, spec, stats, grad_norm, why)
+                    continue
+            scalable = run.scaler is None or run.scaler.update(finite)
+            if finite:
                 clipped = clip > 0 and grad_norm > clip
                 run.store.step(lr, divisor=(norm + 1e-6) / clip if clipped else None)
                 run.engine.updated()
                 run.updates, skipped = run.updates + 1, 0
             else:
                 skipped += 1
-                _check_skips(run, skipped, spec.step + 1, stats.loss, grad_norm)
+                _check_skips(run, skipped, spec.step + 1, stats.loss, grad_norm, scalable)
                 run.store.discard()
             run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
@@ -104,6 +117,17 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             run.evaluate("test")
 
 
+def _batches(run: Run) -> Generator[list[Batch], None, None]:
+    """Micro-batches of each step from `run.step` on; begun anew where the plan has changed meanwhile."""
+    while run.step < run.steps:
+        plan = run.loader.plan
+        with closing(run.loader.stream(run.step, run.steps)) as batches:
+            for micro_batches in batches:
+                yield micro_batches
+                if run.loader.plan is not plan:
+                    break
+
+
 def _evaluate_if_due(run: Run) -> None:
     """Validate after this step if the configuration says so and no earlier sitting did."""
     cfg = run.config.evaluation
@@ -129,11 +153,16 @@ def saves(step: int, cfg: CheckpointConfig) -> bool:
     return step > 0 and int(factor**power) == step
 
 
-def _check_skips(run: Run, skipped: int, step: int, loss: float, grad_norm: float) -> None:
-    """Raise Diverged where a step without finite numbers is not to be skipped."""
+def _check_skips(run: Run, skipped: int, step: int, loss: float, grad_norm: float, scalable: bool) -> None:
+    """Raise Diverged where a step without finite numbers is not to be skipped; in fp16 they may come of the scale."""
     what = f"step {step}: loss {loss} and gradient norm {grad_norm} are not finite"
     saved = f"the newest checkpoint is {run.saved}" if run.saved else "no checkpoint was written yet"
-    if run.config.training.nonfinite == "stop":
+    if not scalable:
+        raise Diverged(
+            f"{what} though the loss scale is as small as training.min_loss_scale {run.config.training.min_loss_scale} "
+            f"lets it be; {saved}: lower optimizer.lr, look at the data of this step, or set training.precision=bf16"
+        )
+    if run.scaler is None and run.config.training.nonfinite == "stop":
         raise Diverged(
             f"{what}; {saved}: lower optimizer.lr, look at the data of this step, "
             "or leave such steps out with training.nonfinite=skip"

@@ -63,6 +63,10 @@ class Metrics:
                 self._warn(f"WARNING: {type(sink).__name__} fails and is left out from now on: {error}")
         return record
 
+    def rewind(self, step: int) -> None:
+        """Drop the records of later steps from the file: the run has gone back. Other sinks keep what they have."""
+        self._file.rewind(step)
+
     def __enter__(self) -> Metrics:
         return self
 
@@ -78,6 +82,9 @@ class Unwritten:
     kept: Sequence[Record] = ()
 
     def write(self, record: Record) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
         """Nothing."""
 
     def close(self, failed: bool = False) -> None:
@@ -97,6 +104,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep_through: int | None = None) -> None:
         self._path = path
+        self._open(keep_through)
+
+    def _open(self, keep_through: int | None) -> None:
+        path = self._path
         self.kept = read_metrics(path) if path.exists() else []
         if keep_through is not None and path.exists():
             self.kept = [r for r in self.kept if r.get("step", 0) <= keep_through]
@@ -127,6 +138,11 @@ class MetricsFile:
                 f"{self._path}: cannot be written ({error.strerror}): mend that, and the same command goes on "
                 "from the newest checkpoint"
             ) from None
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of later steps."""
+        self._file.close()
+        self._open(step)
 
     def close(self, failed: bool = False) -> None:
         """Close the file."""

@@ -21,6 +21,7 @@ from castalia.config import Config
 from castalia.config.derive import derive
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
+from castalia.model.float8 import missing_float8
 from castalia.model.initial import INITIALISERS
 from castalia.model.size import ModelSize, model_size
 from castalia.model.transformer import Transformer
@@ -79,6 +80,11 @@ def prepare_run(config: Config) -> Prepared:
     check_directory(full.run_dir)
     world = enter_world(full.performance.device)
     check_model(full, layout_of(full.parallel, world.size))
+    if full.training.precision == "fp8" and (problem := missing_float8(world.device)):
+        raise UserError(
+            f"training.precision fp8: the device {world.device} cannot multiply float8 matrices ({problem}): "
+            "set training.precision=bf16"
+        )
     if world.size == 1:  # several processes share the load
         check_memory(full, size, world.device)
     _check_names(full)

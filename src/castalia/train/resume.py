@@ -60,14 +60,13 @@ def resume(run: Run) -> bool:
         run.console.say(f"going on with changed settings, as accepted: {run.accepted}")
     for line in accepted_lines(differences(check_values(state["config"], str(found.path)), run.config)):
         run.console.say(line)
-    go_on(run, state["step"], state["updates"], state["tokens"])
     run.journal, run.seconds_before = journal_from_json(state["journal"]), state["seconds"]
     take_state(run, state)
     rebatch(run, state, found.path)
     if run.config.checkpoint.validate_forward:
         run.console.say(check_logits(run, found.path))
     if run.chosen is not None and run.first:
-        _set_aside(run, found.step)
+        set_aside(run, found.step)
     return True
 
 
@@ -120,7 +119,7 @@ def _fetch_from(mirror: Mirror, run: Run) -> None:
         raise damaged
 
 
-def _set_aside(run: Run, step: int) -> None:
+def set_aside(run: Run, step: int) -> None:
     """Going back to a step: later checkpoints are of another future, and no later start may take them for this one's.
 
     They are moved, with the records so far, into `checkpoints/set-aside-from-STEP`.
@@ -152,6 +151,10 @@ def take_state(run: Run, state: dict[str, Any]) -> None:
     """Set what a checkpoint keeps besides tensors, journal and time."""
     go_on(run, state["step"], state["updates"], state["tokens"])
     run.imported = state.get("import")
+    run.noise.restore(state.get("noise"))
+    run.guard.restore(state.get("guard"))
+    if run.scaler is not None:
+        run.scaler.restore(state.get("loss_scale"))
 
 
 def rebatch(run: Run, state: dict[str, Any], path: Path) -> None:

@@ -28,7 +28,9 @@ from castalia.data.sample import SampleSource
 from castalia.errors import UserError
 from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
 from castalia.model.soft_prompt import prompt_from_tokens
+from castalia.optim.loss_scale import LossScaler
 from castalia.optim.offload import offload_text
+from castalia.optim.weights import working_dtype
 from castalia.parallel.heartbeat import heartbeat
 from castalia.parallel.layout import layout_of
 from castalia.parallel.mesh import Mesh
@@ -40,9 +42,11 @@ from castalia.train.engine import StepStats
 from castalia.train.environment import environment
 from castalia.train.evaluation import evaluate
 from castalia.train.folder import made_folder, write_files
+from castalia.train.guard import Guard
 from castalia.train.loop import Callback, Stopped, train_loop
 from castalia.train.machine import measure_matmul_flops
 from castalia.train.metrics import Metrics, MetricsFile, Record, Unwritten
+from castalia.train.noise import NoiseMeter
 from castalia.train.norms import Norms
 from castalia.train.output import copied_output
 from castalia.train.preflight import prepare_run
@@ -101,6 +105,7 @@ class Run:
         step: optimizer steps done; `updates` of them changed the weights, the others were skipped.
         tokens: seen so far.
         steps: where the run ends.
+        scaler: of the loss, in fp16; None: nothing is scaled.
         resumed: it goes on from a checkpoint in its own folder.
         imported: what else it once began from, if anything (`start`).
         last: the newest record of each kind.
@@ -187,6 +192,7 @@ class Run:
         """Note one step; write a record every logging.interval steps and at the end."""
         self.saving.poll()
         self._since.append(seconds)
+        self.noise.add(stats, grad_norm, self.loader.plan.at(self.step - 1).num_samples)
         if not self._logs(self.step):
             return
         rate = (self.tokens - self._counted) / sum(self._since)
@@ -201,12 +207,14 @@ class Run:
             lr=lr,
             grad_norm=grad_norm,
             skipped=self.step - self.updates or None,
+            loss_scale=None if self.scaler is None else self.scaler.scale,
             seq_length=None if curriculum == "none" else self.loader.plan.at(self.step - 1).seq_length,
             batch_size=None if not self.loader.plan.sizes[1:] else self.loader.plan.at(self.step - 1).num_samples,
             tokens_per_second=rate,
             mfu=rate * self.size.flops_per_token / (self.peak_flops * self.world.size),
             seconds=self.seconds(),
             peak_memory=peak_memory(self.world.device),
+            **self.noise.record(),
             **stats.aux,
         )
         if stats.experts:
@@ -245,6 +253,12 @@ class Run:
         self.journal = journal
         self.loader = self.loader_of(self.data.datasets["train"], run_plan(self.config, self.steps, journal))
 
+    def rewind(self) -> None:
+        """Forget the records after `step`, to which the run has gone back."""
+        self.metrics.rewind(self.step)
+        self.last = {kind: record for kind, record in self.last.items() if record["step"] <= self.step}
+        self._counted = self.tokens
+
     # Assembly.
 
     @property
@@ -278,7 +292,12 @@ class Run:
         self.matmul = choose_fp32_matmul(self.world.device)
         self.parts = assemble(cfg, self.mesh)
         self.model, self.store, self.engine = self.parts.model, self.parts.store, self.parts.engine
-        self.norms = Norms(cfg.logging)
+        self.scaler = LossScaler(cfg.training) if cfg.training.precision == "fp16" else None
+        self.norms, self.noise = Norms(cfg.logging), NoiseMeter(cfg, self.mesh.layout)
+        self.guard = Guard(cfg.guard)
+        if self.noise.wanted:
+            self.engine.measures_noise = True
+            self.store.watch_first()
         self.resumed = resume(self)
         begun = None if self.resumed else begin(self)
         if cfg.model.soft_prompt_text is not None and not self.resumed and not (begun and begun.prompt):
@@ -288,7 +307,7 @@ class Run:
         self.journal = with_exclusions(self.journal, self.step, self.data.excluded)
         check_samples(run_plan(cfg, self.steps, self.journal), len(self.data.datasets["train"]))
         self.replan(self.journal)
-        dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
+        dtype = working_dtype(cfg.training.precision) or torch.float32
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
         more = {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(cfg)}
         self.facts = environment() | more

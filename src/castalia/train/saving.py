@@ -88,6 +88,10 @@ class Saving:
         self._background.start(run.store.tensors(), write)
         self._stall = time.perf_counter() - began
 
+    def settle(self) -> None:
+        """Wait for what is being written, and say what came of it."""
+        self._report(self._background.wait())
+
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written now."""
@@ -195,6 +199,9 @@ def state_of(run: Run) -> dict[str, Any]:
         "epochs": run.data.epochs,
         "tokenizer": run.tokenizer.identity() if run.tokenizer else None,
         "import": run.imported,
+        "noise": run.noise.state(),
+        "guard": run.guard.state(),
+        "loss_scale": None if run.scaler is None else run.scaler.state(),
         "versions": {
             "castalia": castalia.__version__,
             "torch": torch.__version__,

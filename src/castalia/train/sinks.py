@@ -9,7 +9,6 @@ and W&B is given the same run id, and drops what is logged again, which is the s
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from castalia.config.render import to_yaml
 from castalia.errors import UserError
 from castalia.parallel.world import World
 from castalia.train.metrics import MetricsSink, Record
+from castalia.train.trackers import kept_id, make_trackers
 
 # Key of a record -> name there and factor. A further key `x` of a training record becomes `train/x`.
 TRAIN_NAMES: dict[str, tuple[str, float]] = {
@@ -71,6 +71,8 @@ def make_sinks(config: Config, directory: Path, world: World, step: int) -> list
         sinks.append(TensorBoard(cfg.tensorboard, config, step))
     if cfg.wandb_project is not None and (world.rank == 0 or cfg.wandb_all_ranks):
         sinks.append(WeightsAndBiases(config, directory, world))
+    if world.rank == 0:
+        sinks += make_trackers(config, directory, scalars)
     return sinks
 
 
@@ -158,8 +160,5 @@ def _settings(wandb: Any, cfg: LoggingConfig) -> Any:
 
 def _run_id(directory: Path, rank: int) -> str:
     """The id that W&B knows this run by, made up once and kept in the run's folder."""
-    file = directory / _ID_FILE
-    if not file.exists():
-        file.write_text(f"{secrets.token_hex(6)}\n", encoding="utf-8")
-    kept = file.read_text(encoding="utf-8").strip()
+    kept = kept_id(directory / _ID_FILE, 6)
     return kept if rank == 0 else f"{kept}-{rank}"

@@ -147,7 +147,11 @@ def _from_castalia(run: Run, found: Checkpoint, cfg: StartConfig) -> tuple[int, 
     load_checkpoint(found.path, mine)
     go_on(run, found.step, state["updates"], state["tokens"])
     run.journal = journal_from_json(state["journal"])
+    if run.scaler is not None:
+        run.scaler.restore(state.get("loss_scale"))
     rebatch(run, state, found.path)
+    if run.scaler is not None:
+        run.scaler.restore(state.get("loss_scale"))
     lines = [line for line in changes(run, state, found.path) if not line.startswith("start.")]
     return found.step, str(found.path), (f"other settings than there: {'; '.join(lines)}",) if lines else ()
 
