@@ -7,6 +7,7 @@ with refusing_store("runs") as store:       s3://runs/... is served; the environ
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def refusing_store(bucket: str) -> Iterator[Refusing]:
     import s3fs  # type: ignore[import-untyped]
     from moto.moto_server import threaded_moto_server as moto
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would note every request
     made: Any = moto
     application = Refusing(made.DomainDispatcherApplication(made.create_backend_app))
     server = made.make_server("127.0.0.1", 0, application, threaded=True)
