@@ -15,7 +15,7 @@ from castalia.parallel.layout import Layout, layout_of
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.testing import run_in_processes
 from castalia.train.assemble import assemble
-from castalia.train.engine import LocalEngine
+from castalia.train.engine import LocalEngine, StepStats
 from castalia.train.noise import NoiseMeter
 
 TEXT = (
@@ -103,3 +103,16 @@ def test_the_small_part_is_what_autograd_says(procs, parallel, parts):
 def test_layouts_that_cannot_tell_are_refused(overrides, layout, message):
     with pytest.raises(UserError, match=message):
         NoiseMeter(config_of(overrides), layout)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"), [(2, "a larger batch would save steps"), (20, "about right"), (500, "a smaller batch")]
+)
+def test_advice_follows_the_interval(batch, words):
+    meter = NoiseMeter(config_of(), Layout())
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(400):  # a scale of 160 tokens, so of 20 sequences of 8
+        means = torch.full((4, 50), 0.02**0.5) + torch.randn(4, 50, generator=draw) * (160 / 50 / 64) ** 0.5
+        big = means.mean(0)
+        meter.add(StepStats(0.0, 256, 1.0, small=(float(means.square().sum(1).mean()), 64.0)), float(big.norm()), 32)
+    assert words in meter.advice(batch) and "about 2" in meter.advice(batch)

@@ -53,6 +53,24 @@ class NoiseMeter:
         values = {"noise_scale": found.scale, "noise_scale_low": found.low, "noise_scale_high": found.high}
         return {name: None if value is None else value / per_sequence for name, value in values.items()}
 
+    def advice(self, batch: int) -> str | None:
+        """What the window means for a batch of so many sequences; None where nothing is known."""
+        found = self.record()
+        scale, low, high = (found.get(f"noise_scale{end}") for end in ("", "_low", "_high"))
+        if scale is None:
+            return None
+        between = f"{low:.3g} to {high:.3g}" if low is not None and high is not None else "not bounded yet"
+        if low is not None and batch < low:
+            verdict = "a larger batch would save steps almost in proportion"
+        elif high is not None and batch > high:
+            verdict = "a smaller batch would learn as much from fewer tokens"
+        else:
+            verdict = "the batch is about right, or the window too short to tell"
+        return (
+            f"gradient noise: the critical batch size is about {scale:.3g} sequences (95%: {between}) by the last steps; "
+            f"with {batch}, {verdict}"
+        )
+
     def state(self) -> dict[str, Any] | None:
         """For a checkpoint."""
         if not self.wanted:

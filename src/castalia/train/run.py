@@ -179,6 +179,9 @@ class Run:
             event = "signal" if isinstance(error, Stopped) else "end"
             self.metrics.write("event", self.step, event=event, text=f"{type(error).__name__}: {error}")
             raise
+        advice = self.noise.advice(self.config.training.batch_size)
+        if advice is not None:
+            self.console.say(advice)
         self.metrics.write("event", self.step, event="end", text=f"finished after {self.step} steps")
 
     # What the loop calls.
