@@ -67,8 +67,8 @@ class NoiseMeter:
         else:
             verdict = "the batch is about right, or the window too short to tell"
         return (
-            f"gradient noise: the critical batch size is about {scale:.3g} sequences (95%: {between}) by the last steps; "
-            f"with {batch}, {verdict}"
+            f"gradient noise: the critical batch size is about {scale:.3g} sequences (95%: {between}) "
+            f"by the last steps; with {batch}, {verdict}"
         )
 
     def state(self) -> dict[str, Any] | None:
