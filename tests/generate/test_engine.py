@@ -8,6 +8,7 @@ import torch
 
 from castalia.errors import UserError
 from castalia.generate.engine import generate, make_cache
+from castalia.generate.sampling import SamplingSettings, make_generator, sample
 from castalia.model import Transformer
 
 MakeModel = Callable[..., Transformer]
@@ -32,19 +33,76 @@ def test_cached_logits_equal_uncached(make_model: MakeModel, shape: dict[str, An
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_tokens_equal_uncached(
-    make_model: MakeModel, tokenizer: Any, shape: dict[str, Any], temperature: float
+def alone(model: Transformer, prompt: list[int], max_tokens: int, **settings: Any) -> list[int]:
+    """The same without a cache and without a batch: the whole sequence anew for each token."""
+    options, generator, tokens = SamplingSettings(**settings), make_generator(3, 0), list(prompt)
+    with torch.inference_mode():
+        for _ in range(max_tokens):
+            logits = model.logits(model(torch.tensor([tokens]))[:, -1])
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            seen[0, tokens] = True
+            tokens.append(int(sample(logits, options, [generator], 257, seen)))
+    return tokens[len(prompt) :]
+
+
+KINDS = [
+    *SHAPES,
+    {"position": "learned", "qk_norm": "head", "norm": "rmsnorm"},
+    {"position": "alibi"},
+    {"position": "rpe", "num_kv_heads": 2},
+    {"position": "sinusoidal", "norm_placement": "post", "residual": "sequential"},
+    {"attention": "window", "attention_window": 5},
+    {"attention": [[["global", "window"], 1]], "attention_window": 7, "position": "alibi"},
+    {"attention": "local", "attention_block": 4},
+    {"attention": "gmlp", "position": "learned"},
+    {"soft_prompt_tokens": 2},
+    {"moe_num_experts": 4, "moe_top_k": 2},
+]
+
+
+@pytest.mark.parametrize("shape", KINDS, ids=str)
+def test_a_batch_of_unequal_prompts_equals_each_alone_without_a_cache(
+    make_model: MakeModel, tokenizer: Any, shape: dict[str, Any]
 ) -> None:
     model = make_model(**shape)
-    prompts = ["abc", "defg", "xyz"]
-    with_cache, without = (
-        generate(model, tokenizer, prompts, 12, temperature, top_k=50, seed=3, use_cache=use) for use in (True, False)
+    prompts = [list(b"abc"), list(b"a longer one than the window"), list(b"xy"), list(b"xyzzy")]
+    out = generate(model, tokenizer, prompts, 12, 0, stop_at_eod=False, repetition_penalty=1.3)
+    for prompt, result in zip(prompts, out, strict=True):
+        assert result.tokens == alone(model, prompt, 12, temperature=0, repetition_penalty=1.3)
+    sampled = generate(model, tokenizer, prompts[:1], 12, seed=3, stop_at_eod=False, top_k=50, min_p=0.01)
+    assert sampled[0].tokens == alone(model, prompts[0], 12, top_k=50, min_p=0.01)
+
+
+def test_a_text_that_stops_is_cut_off_and_never_shown(make_model: MakeModel, tokenizer: Any) -> None:
+    model = make_model()
+    free = generate(model, tokenizer, "abc", 40, seed=1, stop_at_eod=False)[0]
+    whole = free.text
+    place = next(i for i in range(3, len(whole)) if whole[i].isascii() and whole[i] not in whole[:i])
+    shown: list[str] = []
+    (out,) = generate(
+        model,
+        tokenizer,
+        "abc",
+        40,
+        seed=1,
+        stop_at_eod=False,
+        stop=["no such", whole[place]],
+        on_token=lambda index, token, text: shown.append(text),
     )
-    assert [g.tokens for g in with_cache] == [g.tokens for g in without]
-    for a, b in zip(with_cache, without, strict=True):
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert (out.text, out.finish_reason) == (whole[:place], "stop")
+    assert "".join(shown) == out.text
+    (out,) = generate(model, tokenizer, "abc", 40, seed=1, stop_at_eod=False, stop=[free.tokens[4:6]])
+    assert out.tokens == free.tokens[:6] and out.text == tokenizer.decode(free.tokens[:4])
+    with pytest.raises(UserError, match="a stop is empty"):
+        generate(model, tokenizer, "abc", 1, stop=[""])
+
+
+def test_logits_are_those_that_the_token_was_chosen_from(make_model: MakeModel, tokenizer: Any) -> None:
+    (out,) = generate(make_model(), tokenizer, "abc", 5, 0, stop_at_eod=False, keep_logits=True)
+    assert out.logits is not None and out.logits.shape == (5, 384)
+    assert out.logits[:, :257].argmax(-1).tolist() == out.tokens
+    picked = out.logits.log_softmax(-1).gather(-1, torch.tensor(out.tokens)[:, None])
+    assert out.logprobs == pytest.approx(picked.flatten().tolist(), abs=1e-4)
 
 
 def test_batch_size_does_not_change_the_text(make_model: MakeModel, tokenizer: Any) -> None:
@@ -126,12 +184,14 @@ def test_streamed_text_adds_up_and_holds_broken_characters_back(make_model: Make
 
 def test_a_character_of_several_tokens_appears_when_whole(tokenizer: Any) -> None:
     from castalia.generate.engine import _new_text, _Sequence
+    from castalia.generate.stopping import Stops
 
+    stops = Stops(tokenizer, (), None)
     sequence = _Sequence(0, [], torch.Generator())
     shown = []
     for token in "aé€b".encode():
         sequence.tokens.append(token)
-        shown.append(_new_text(sequence, tokenizer, last=False))
+        shown.append(_new_text(sequence, stops, last=False))
     assert shown == ["a", "", "é", "", "", "€", "b"]
 
 

@@ -11,10 +11,12 @@ from castalia.errors import UserError
 from castalia.generate.sampling import (
     SamplingSettings,
     draw,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     make_generator,
     next_token_probabilities,
+    penalise,
     sample,
 )
 
@@ -116,7 +118,37 @@ def test_generators_differ_by_seed_and_index_and_repeat() -> None:
     assert values == {key: first(*key) for key in values}
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0},
+    ],
+)
 def test_senseless_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingSettings(**bad)  # type: ignore[arg-type]
+
+
+def test_min_p_is_relative_to_the_largest() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
+    for share, size in [(0.01, 4), (0.2, 3), (0.5, 2), (0.7, 1), (1.0, 1)]:
+        kept = keep_min_p(probabilities, share)
+        assert int((kept > 0).sum()) == size, share
+        assert kept.sum().item() == pytest.approx(1)
+
+
+def test_the_penalty_pushes_towards_what_is_new() -> None:
+    seen = torch.tensor([[True, True, True, False, False, False]])
+    assert penalise(ROW, seen, 2.0)[0].tolist() == [0.5, 1.5, -4.0, 3.0, 0.5, 2.0]
+    assert sample(ROW, SamplingSettings(0, repetition_penalty=2.0), [], None, seen).tolist() == [3]
+
+
+def test_the_nucleus_of_a_flat_distribution_is_found_beyond_the_most_probable() -> None:
+    flat = torch.full((1, 5000), 1 / 5000, dtype=torch.float64)
+    kept = keep_top_p(flat, 0.6)
+    assert int((kept > 0).sum()) in (3000, 3001) and (kept[0, :3000] > 0).all()

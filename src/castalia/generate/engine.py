@@ -1,17 +1,16 @@
-"""Prompts -> continuations: prefill the cache with a batch of prompts, then one token at a time.
+"""Prompts -> continuations: read a batch of prompts, then one token of each at a time.
 
-    prompts ─encode─> ids ─group by length─> batches [B,P] ─forward─> logits ─sample─> token ─┐
-                                                              ^─────── cache ────── [B,1] <───┘
-                                                                        until end of text or max_tokens
+    prompts ─encode─> ids ─batches by length─> begin [B,P] ─> logits ─sample─> token ─┐
+                                                                ^────── step [B] <────┘
+                                                             until a stop or max_tokens
 
-Prompts of equal length share a batch, so no padding and no mask is needed and every row
-computes what it would compute alone. Each prompt draws from a generator of its own, made from the
-seed and the prompt's place in the list: the batch size is a matter of speed only.
+Prompts share a batch at any lengths (see `Decoder`), those of like length together. Each prompt draws from
+a generator of its own, made from the seed and the prompt's place in the list: the batch size is a matter
+of speed only.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from castalia.config import ModelConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 from castalia.generate.cache import KVCache
+from castalia.generate.decoder import Decoder
 from castalia.generate.sampling import SamplingSettings, make_generator, sample
+from castalia.generate.stopping import Stops
 from castalia.model import Transformer
 
 OnToken = Callable[[int, int, str], None]
@@ -36,11 +38,12 @@ class Generation:
 
     Attributes:
         prompt: the prompt as text.
-        text: the continuation, without the prompt and without the end-of-text token.
-        tokens: the generated ids, the end-of-text token included if it was reached.
-        finish_reason: `stop` at end of text, `length` at max_tokens.
-        logprobs: natural log-probability of each token under the model itself, before temperature,
-            top-k and top-p.
+        text: the continuation, without the prompt and without what stopped it.
+        tokens: the generated ids, those that stopped it included.
+        finish_reason: `stop` at end of text or at a stop, `length` at max_tokens.
+        logprobs: natural log-probability of each token under the model itself, before temperature
+            and whatever else shapes the choice.
+        logits: fp32 `[tokens, V]`, if they were asked for: what each token was chosen from.
     """
 
     prompt: str
@@ -48,6 +51,7 @@ class Generation:
     tokens: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[float]
+    logits: Tensor | None = None
 
 
 @dataclass
@@ -59,12 +63,19 @@ class _Sequence:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
     shown: str = ""
-    finished: bool = False
+    kept: int | None = None
+    """How many of the tokens are text; None: it is not finished."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been stopped."""
+        return self.kept is not None
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | Decoder,
     tokenizer: Tokenizer,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     max_tokens: int = 64,
@@ -73,24 +84,30 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_at_eod: bool = True,
-    use_cache: bool = True,
     batch_size: int = 16,
     on_token: OnToken | None = None,
+    *,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str | Sequence[int]] = (),
+    keep_logits: bool = False,
 ) -> list[Generation]:
     """Continue each prompt.
 
     Args:
-        model: any model of the `castalia.model.Transformer` interface, on any device.
+        model: any model of the `castalia.model.Transformer` interface, on any device; or a `Decoder` of it, which
+            saves making one at each call.
         tokenizer: the one it was trained with.
         prompts: texts or lists of ids; a single text counts as a list of one. An empty prompt starts
             from the end-of-text token, as every document of the training data did.
         max_tokens: most tokens to generate for each.
-        temperature, top_k, top_p: see `SamplingSettings`; temperature 0 is greedy.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingSettings`; temperature 0 is greedy.
         seed: prompt number i always draws the same numbers under the same seed.
         stop_at_eod: stop at the end-of-text token.
-        use_cache: keep keys and values; False recomputes everything at each token (for checking).
         batch_size: most prompts to run at once.
         on_token: called for every token as it appears (see `OnToken`).
+        stop: texts, or lists of ids, that end a continuation and are no part of its text.
+        keep_logits: return the logits as well.
 
     Returns:
         One `Generation` per prompt, in order.
@@ -99,30 +116,37 @@ def generate(
         UserError: a prompt is empty and there is no end-of-text token, holds ids outside the vocabulary,
             or is too long for the model together with max_tokens.
     """
-    settings = SamplingSettings(temperature, top_k, top_p)
+    settings = SamplingSettings(temperature, top_k, top_p, min_p, repetition_penalty)
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; give at least 1")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; give at least 1")
+    stops = Stops(tokenizer, stop, tokenizer.eod if stop_at_eod else None)
     given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
     sequences = [
-        _Sequence(i, _prompt_ids(p, i, model, tokenizer, max_tokens), make_generator(seed, i))
+        _Sequence(i, prompt_ids(p, i, model.cfg, tokenizer, max_tokens), make_generator(seed, i))
         for i, p in enumerate(given)
     ]
-    by_length: dict[int, list[_Sequence]] = defaultdict(list)
-    for sequence in sequences:
-        by_length[len(sequence.prompt)].append(sequence)
-    eod = tokenizer.eod if stop_at_eod else None
-    with _inference(model):
-        for group in by_length.values():
-            for start in range(0, len(group), batch_size):
-                batch = group[start : start + batch_size]
-                _run_batch(model, tokenizer, batch, max_tokens, settings, eod, use_cache, on_token)
-    return [_result(s, p, tokenizer) for s, p in zip(sequences, given, strict=True)]
+    with ready(model) as decoder:
+        for batch in _batches(sequences, batch_size, decoder.uneven):
+            _run_batch(decoder, tokenizer, batch, max_tokens, settings, stops, on_token, keep_logits)
+    return [_result(s, p, tokenizer, stops) for s, p in zip(sequences, given, strict=True)]
 
 
-def _prompt_ids(
-    prompt: str | Sequence[int], index: int, model: Transformer, tokenizer: Tokenizer, max_tokens: int
+def _batches(sequences: Sequence[_Sequence], size: int, uneven: bool) -> Iterator[list[_Sequence]]:
+    """Prompts of like length together, so that little is padding; of the very same length unless `uneven`."""
+    batch: list[_Sequence] = []
+    for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
+        if batch and (len(batch) == size or not (uneven or len(batch[0].prompt) == len(sequence.prompt))):
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def prompt_ids(
+    prompt: str | Sequence[int], index: int, cfg: ModelConfig, tokenizer: Tokenizer, max_tokens: int
 ) -> list[int]:
     """Ids of a prompt, checked against the model's vocabulary and length."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
@@ -139,7 +163,7 @@ def _prompt_ids(
             f"prompt {index} holds the id {outside}, but the tokenizer's ids go from 0 to "
             f"{tokenizer.vocab_size - 1}: encode it with this run's tokenizer"
         )
-    longest = model.cfg.max_position_embeddings
+    longest = cfg.max_position_embeddings
     if longest is not None and len(ids) + max_tokens > longest:
         raise UserError(
             f"prompt {index} has {len(ids)} tokens, and with max_tokens {max_tokens} that is "
@@ -150,15 +174,16 @@ def _prompt_ids(
 
 
 @contextmanager
-def _inference(model: Transformer) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode comes back afterwards."""
-    training = model.training
-    model.eval()
+def ready(model: Transformer | Decoder) -> Iterator[Decoder]:
+    """A decoder of the model in evaluation mode, without gradients; the model's own mode comes back afterwards."""
+    inner = model.model if isinstance(model, Decoder) else model
+    training = inner.training
+    inner.eval()
     try:
         with torch.inference_mode():
-            yield
+            yield model if isinstance(model, Decoder) else Decoder(model)
     finally:
-        model.train(training)
+        inner.train(training)
 
 
 def make_cache(model: Transformer, max_length: int) -> KVCache:
@@ -168,62 +193,55 @@ def make_cache(model: Transformer, max_length: int) -> KVCache:
 
 
 def _run_batch(
-    model: Transformer,
+    decoder: Decoder,
     tokenizer: Tokenizer,
     batch: list[_Sequence],
     max_tokens: int,
     settings: SamplingSettings,
-    eod: int | None,
-    use_cache: bool,
+    stops: Stops,
     on_token: OnToken | None,
+    keep_logits: bool,
 ) -> None:
-    """Generate for prompts of equal length, in place."""
-    device = model.head_weight.device
-    tokens = torch.tensor([s.prompt for s in batch], device=device)
-    # The last token generated is never fed back, hence the 1.
-    cache = make_cache(model, tokens.shape[1] + max_tokens - 1) if use_cache else None
+    """Generate for some prompts, in place."""
+    # The last token generated is never read, hence the 1.
+    logits = decoder.begin([s.prompt for s in batch], max(len(s.prompt) for s in batch) + max_tokens - 1)
     generators = [s.generator for s in batch]
+    seen = None
+    if settings.repetition_penalty != 1:
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for row, sequence in enumerate(batch):
+            seen[row, sequence.prompt] = True
     for step in range(max_tokens):
-        logits = _last_logits(model, tokens, cache)
-        ids = sample(logits, settings, generators, tokenizer.vocab_size)
-        logprobs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        for sequence, token, logprob in zip(batch, ids.tolist(), logprobs.tolist(), strict=True):
+        ids = sample(logits, settings, generators, tokenizer.vocab_size, seen)
+        logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        for row, (token, logprob) in enumerate(zip(ids.tolist(), logprobs.tolist(), strict=True)):
+            sequence = batch[row]
             if sequence.finished:
                 continue  # its row runs on until the whole batch is done, unseen
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
-            sequence.finished = token == eod
+            if keep_logits:
+                sequence.logits.append(logits[row])
+            sequence.kept = stops.kept(sequence.tokens)
             if on_token is not None:
                 last = sequence.finished or step == max_tokens - 1
-                on_token(sequence.index, token, _new_text(sequence, tokenizer, last))
-        if all(s.finished for s in batch):
+                on_token(sequence.index, token, _new_text(sequence, stops, last))
+        if step == max_tokens - 1 or all(s.finished for s in batch):
             break
-        ids = ids.unsqueeze(-1)
-        tokens = ids if use_cache else torch.cat([tokens, ids], -1)
+        if seen is not None:
+            seen.scatter_(-1, ids.unsqueeze(-1), True)
+        logits = decoder.step(ids)
 
 
-def _last_logits(model: Transformer, tokens: Tensor, cache: KVCache | None) -> Tensor:
-    """Logits `[B, V]` after the last of `tokens` `[B, S]`."""
-    hidden = model(tokens, None, cache)
-    if cache is not None:
-        cache.advance(tokens.shape[1])
-    return model.logits(hidden[:, -1])
-
-
-def _visible(sequence: _Sequence, tokenizer: Tokenizer) -> str:
-    """Text of the generated tokens, without the end-of-text token that stopped them."""
-    return tokenizer.decode(sequence.tokens[:-1] if sequence.finished else sequence.tokens)
-
-
-def _new_text(sequence: _Sequence, tokenizer: Tokenizer, last: bool) -> str:
+def _new_text(sequence: _Sequence, stops: Stops, last: bool) -> str:
     """What has become readable since the last call.
 
     A character may be spread over several tokens; until it is whole, decoding ends in the replacement
-    character U+FFFD and is held back (at the last token nothing is).
+    character U+FFFD and is held back, and so is what may become a stop (at the last token nothing is).
     """
-    text = _visible(sequence, tokenizer)
+    text = stops.text(sequence.tokens, sequence.kept)
     if not last:
-        text = text.rstrip("\ufffd")
+        text = stops.certain(text.rstrip("\ufffd"))
     if not text.startswith(sequence.shown):
         return ""
     new = text[len(sequence.shown) :]
@@ -231,11 +249,12 @@ def _new_text(sequence: _Sequence, tokenizer: Tokenizer, last: bool) -> str:
     return new
 
 
-def _result(sequence: _Sequence, prompt: str | Sequence[int], tokenizer: Tokenizer) -> Generation:
+def _result(sequence: _Sequence, prompt: str | Sequence[int], tokenizer: Tokenizer, stops: Stops) -> Generation:
     return Generation(
         prompt=prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt)),
-        text=_visible(sequence, tokenizer),
+        text=stops.text(sequence.tokens, sequence.kept),
         tokens=sequence.tokens,
         finish_reason="stop" if sequence.finished else "length",
         logprobs=sequence.logprobs,
+        logits=torch.stack(sequence.logits) if sequence.logits else None,
     )

@@ -1,6 +1,6 @@
-"""Logits -> the next token: temperature, top-k, nucleus, and a draw that repeats by its seed.
+"""Logits -> the next token: penalties, temperature, top-k, nucleus, min-p, and a draw that repeats by its seed.
 
-    logits [B,V] ─padding out─ / temperature ─top-k─ softmax ─top-p─> probabilities [B,V] ─u~U(0,1)─> ids [B]
+    logits [B,V] ─repetition─ / temperature ─top-k─ softmax ─top-p─ min-p─> probabilities [B,V] ─u~U(0,1)─> ids [B]
 
 Each sequence draws from its own generator, one uniform number per token, and the token is
 where that number falls on the cumulative distribution. So what a sequence draws does not
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from castalia.errors import UserError
 
+_HEAD = 1024  # of the most probable tokens, among which the end of a nucleus is looked for first
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -29,11 +31,17 @@ class SamplingSettings:
         top_k: only the k most probable tokens; 0 or None: all.
         top_p: only the smallest set of most probable tokens whose probability reaches p
             (Holtzman et al. 2020), at least one; 1 or None: all.
+        min_p: only tokens at least so probable, relative to the most probable one (Nguyen et al. 2024);
+            0 or None: all.
+        repetition_penalty: logits of the tokens of prompt and continuation are divided by it where positive
+            and multiplied where negative (Keskar et al. 2019); 1: no penalty.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -42,6 +50,10 @@ class SamplingSettings:
             raise UserError(f"top_k is {self.top_k}; give a positive number of tokens, or 0 for all of them")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; give a probability from 0 to 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; give a share of the largest probability, from 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; give a positive number, 1 for none")
 
 
 def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
@@ -52,12 +64,23 @@ def mask_padding(logits: Tensor, vocab_size: int) -> Tensor:
     return logits.masked_fill(padding, float("-inf"))
 
 
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens less likely that were there before: bool `seen` and logits `[B, V]`."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _first(values: Tensor, threshold: Tensor, count: Tensor | int) -> Tensor:
+    """bool `[B, V]`: what exceeds a row's threshold `[B, 1]`, and what equals it, lowest ids first, `count` in all."""
+    above, equal = values > threshold, values == threshold
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Rule out all but the k largest logits of each row; of equal ones the lower id stays."""
     if k >= logits.shape[-1]:
         return logits
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    return logits.scatter(-1, order[..., k:], float("-inf"))
+    threshold = logits.topk(k, -1).values[..., -1:]
+    return logits.masked_fill(~_first(logits, threshold, k), float("-inf"))
 
 
 def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
@@ -68,11 +91,19 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     """
     if p >= 1:
         return probabilities
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    # Sorting a whole vocabulary takes longer than a step of a small model, and the end is mostly near.
+    ranked = probabilities.topk(min(_HEAD, probabilities.shape[-1]), -1).values
+    if bool((ranked.sum(-1) <= p).any()):
+        ranked = probabilities.sort(dim=-1, descending=True).values
     before = ranked.cumsum(-1) - ranked
-    outside = before >= p
-    outside[..., 0] = False
-    kept = torch.empty_like(ranked).scatter(-1, order, ranked.masked_fill(outside, 0.0))
+    count = (before < p).sum(-1, keepdim=True).clamp(min=1)
+    kept = probabilities * _first(probabilities, ranked.gather(-1, count - 1), count)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def keep_min_p(probabilities: Tensor, share: float) -> Tensor:
+    """Zero what is less than `share` times the row's largest probability and rescale to sum 1."""
+    kept = probabilities * (probabilities >= share * probabilities.amax(-1, keepdim=True))
     return kept / kept.sum(-1, keepdim=True)
 
 
@@ -81,7 +112,7 @@ def next_token_probabilities(logits: Tensor, settings: SamplingSettings, vocab_s
 
     Args:
         logits: `[B, V]`.
-        settings: temperature, then top-k, then top-p, in this order.
+        settings: temperature, then top-k, then top-p, then min-p, in this order (the penalty is `sample`'s).
         vocab_size: ids from here on are padding and get probability 0; None: there is none.
 
     Returns:
@@ -100,7 +131,9 @@ def next_token_probabilities(logits: Tensor, settings: SamplingSettings, vocab_s
     if settings.top_k:
         logits = keep_top_k(logits, settings.top_k)
     probabilities = logits.softmax(-1)
-    return probabilities if settings.top_p is None else keep_top_p(probabilities, settings.top_p)
+    if settings.top_p is not None:
+        probabilities = keep_top_p(probabilities, settings.top_p)
+    return keep_min_p(probabilities, settings.min_p) if settings.min_p else probabilities
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -127,6 +160,7 @@ def sample(
     settings: SamplingSettings,
     generators: Sequence[torch.Generator],
     vocab_size: int | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Choose the next token of each sequence.
 
@@ -135,12 +169,15 @@ def sample(
         settings: how to choose.
         generators: one per sequence, on the CPU; each gives one number (none when greedy).
         vocab_size: ids from here on are never chosen.
+        seen: bool `[B, V]`, needed for a repetition penalty: the tokens that were there before.
 
     Returns:
         int64 `[B]`.
     """
+    if seen is not None:
+        logits = penalise(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
-        return (logits if vocab_size is None else mask_padding(logits, vocab_size)).argmax(-1)
+        return logits[:, :vocab_size].argmax(-1)
     uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     return draw(next_token_probabilities(logits, settings, vocab_size), uniforms)
 

@@ -231,13 +231,13 @@ class Masks:
     def __init__(self, cfg: ModelConfig) -> None:
         self._cfg = cfg
         layouts: dict[tuple[str, int], BlockLayout] = {}
-        self._layers: list[tuple[str, BlockLayout | None]] = []
+        self.layers: list[tuple[str, BlockLayout | None]] = []
         for layer, kind in enumerate(cfg.attention_kinds):
             layout = None
             if kind in LAYOUTS:
                 key = kind, layer if kind in RANDOM else 0
                 layout = layouts.setdefault(key, BlockLayout(cfg, kind, layer))
-            self._layers.append(("global-gate" if kind in GATED_MLPS else kind, layout))
+            self.layers.append(("global-gate" if kind in GATED_MLPS else kind, layout))
 
     def describe(
         self, past: int, positions: Tensor, keys: Tensor, table: Tensor | None, documents: Documents | None
@@ -257,7 +257,7 @@ class Masks:
         elif table is not None:
             bias = ScoreBias(positions, keys, None, table, cfg.rpe_max_distance, mup.base_head_size(cfg))
         made: dict[tuple[str, int], MaskSpec] = {}
-        for kind, layout in self._layers:
+        for kind, layout in self.layers:
             if (kind, id(layout)) not in made:
                 window = cfg.attention_window if kind == "window" else None
                 mask = MaskSpec(kind.removesuffix("-gate"), past, window, layout, documents, bias)
@@ -267,4 +267,4 @@ class Masks:
                 if not mask.plain(total) and mask.better_dense(tokens, total):
                     mask.dense = mask.matrix(tokens, total, positions.device)
                 made[kind, id(layout)] = mask
-        return tuple(made[kind, id(layout)] for kind, layout in self._layers)
+        return tuple(made[kind, id(layout)] for kind, layout in self.layers)
