@@ -10,7 +10,7 @@ weights are read as they are; optimizer states only where DeepSpeed keeps plain 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from castalia.config import ModelConfig
-from castalia.convert.gptneox_table import NeoXRow, check_ranks, merge_shards, naming_of, table
+from castalia.convert.gptneox_table import Naming, NeoXRow, check_ranks, merge_shards, naming_of, table
 from castalia.convert.table import check_names, to_ours
 from castalia.convert.torch_file import load_pt
 from castalia.errors import UserError
@@ -51,6 +51,97 @@ class GPTNeoXState:
     args: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class GPTNeoXFiles:
+    """An open checkpoint: its tensors are mapped from the files, so that none is read before it is used.
+
+    Attributes:
+        folder: `global_stepN`, or the one file.
+        ranks: of each tensor-parallel rank the tensors by `I.NAME`, whichever the layout.
+        heads: what the mp_rank files hold.
+        pipeline: whether each layer has files of its own.
+    """
+
+    folder: Path
+    ranks: list[dict[str, Tensor]]
+    heads: list[Mapping[str, Any]]
+    pipeline: bool
+
+    @property
+    def naming(self) -> Naming:
+        """Which release's names."""
+        return naming_of(self.ranks[0])
+
+    @property
+    def iteration(self) -> int:
+        """Optimizer steps done."""
+        head = self.heads[0]
+        return int(head.get("iteration", head.get("total_iters", head.get("global_steps", 0))))
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """What GPT-NeoX noted of its settings."""
+        return dict(self.heads[0].get("args") or {})
+
+
+def open_gptneox(path: Path, step: int | None = None) -> GPTNeoXFiles:
+    """Open a GPT-NeoX checkpoint; for `path` and `step` see `load_gptneox_checkpoint`.
+
+    Raises:
+        UserError: nothing there, or a file is damaged or could run code.
+    """
+    path = Path(path)
+    folder = path if path.is_file() else _step_folder(path, step)
+    heads = [path] if path.is_file() else _files(folder, r"mp_rank_(\d+)_model_states\.pt")
+    if not heads:
+        if path.is_dir() and list(folder.glob("zero_pp_rank_*_model_states.pt")):
+            raise UserError(
+                f"{folder}: ZeRO 3 spread the weights over its ranks' files, which are not read: gather them with "
+                "DeepSpeed's zero_to_fp32 first"
+            )
+        raise UserError(f"{folder}: holds no mp_rank_*_model_states.pt: give the folder global_stepN of a checkpoint")
+    loaded = [_mapping(load_pt(file), file) for file in heads]
+    ranks, pipeline = _rank_modules(folder, heads, loaded)
+    return GPTNeoXFiles(folder, ranks, loaded, pipeline)
+
+
+def merged(files: GPTNeoXFiles, model: ModelConfig) -> Iterator[tuple[NeoXRow, dict[str, Tensor]]]:
+    """Our weights, row by row of the table, of whatever dtype they have there (fp32 where ranks were summed).
+
+    Raises:
+        UserError: tensors that do not fit the model.
+    """
+    _check_args(files.args, model, files.folder)
+    check_ranks(model, len(files.ranks))
+    rows = table(model, files.naming)
+    unused = {name for row in rows if not row.ours for name in row.theirs}
+    rows = [row for row in rows if row.ours]
+    yield from _merged_rows(rows, _without(files.ranks, unused), model, str(files.folder))
+
+
+def _merged_rows(
+    rows: Sequence[NeoXRow],
+    ranks: Sequence[Mapping[str, Tensor]],
+    model: ModelConfig,
+    what: str,
+    moment: bool = False,
+) -> Iterator[tuple[NeoXRow, dict[str, Tensor]]]:
+    """Each row's tensors of ours; no more than one row is whole at a time."""
+    for tensors in ranks:
+        check_names([name for row in rows for name in row.theirs], tensors, what)
+    for row in rows:
+        yield row, to_ours([row], merge_row(row, ranks, model, moment), what)
+
+
+def merge_row(
+    row: NeoXRow, ranks: Sequence[Mapping[str, Tensor]], model: ModelConfig, moment: bool = False
+) -> dict[str, Tensor]:
+    """The whole tensors of one row by their names."""
+    parallel = model.residual == "parallel"
+    shards = {name: [tensors[name] for tensors in ranks] for name in row.theirs}
+    return {name: merge_shards(row, some, parallel, model.hidden_size, moment) for name, some in shards.items()}
+
+
 def load_gptneox_checkpoint(path: Path, model: ModelConfig, step: int | None = None) -> GPTNeoXState:
     """Read a GPT-NeoX checkpoint, of any tensor-parallel size, in either layout.
 
@@ -63,23 +154,15 @@ def load_gptneox_checkpoint(path: Path, model: ModelConfig, step: int | None = N
     Raises:
         UserError: nothing there, tensors that do not fit the model, files that could run code.
     """
-    path = Path(path)
-    folder = path if path.is_file() else _step_folder(path, step)
-    heads = [path] if path.is_file() else _files(folder, r"mp_rank_(\d+)_model_states\.pt")
-    if not heads:
-        raise UserError(f"{folder}: holds no mp_rank_*_model_states.pt: give the folder global_stepN of a checkpoint")
-    loaded = [_mapping(load_pt(file), file) for file in heads]
-    args = dict(loaded[0].get("args") or {})
-    _check_args(args, model, folder)
-    modules = _rank_modules(folder, heads, loaded)
-    check_ranks(model, len(modules))
-    rows = table(model, naming_of(modules[0]))
+    files = open_gptneox(path, step)
+    weights = {
+        name: tensor.to(torch.float32, copy=True) for _, part in merged(files, model) for name, tensor in part.items()
+    }
+    rows = table(model, files.naming)
     unused = {name for row in rows if not row.ours for name in row.theirs}
-    rows = [row for row in rows if row.ours]
-    whole = _merge(rows, _without(modules, unused), model, str(folder))
-    weights = {n: t.to(torch.float32, copy=True) for n, t in to_ours(rows, whole, str(folder)).items()}
-    iteration = loaded[0].get("iteration", loaded[0].get("total_iters", loaded[0].get("global_steps", 0)))
-    return GPTNeoXState(weights, _optimizer(rows, unused, modules, loaded, model, folder), int(iteration), args)
+    used = [row for row in rows if row.ours]
+    optimizer = _optimizer(used, unused, files.ranks, files.heads, model, files.folder)
+    return GPTNeoXState(weights, optimizer, files.iteration, files.args)
 
 
 def _step_folder(path: Path, step: int | None) -> Path:
@@ -109,8 +192,10 @@ def _mapping(content: Any, file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _rank_modules(folder: Path, heads: list[Path], loaded: list[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
-    """Each tensor-parallel rank's tensors by `I.NAME`, whichever the layout."""
+def _rank_modules(
+    folder: Path, heads: list[Path], loaded: list[Mapping[str, Any]]
+) -> tuple[list[dict[str, Tensor]], bool]:
+    """Each tensor-parallel rank's tensors by `I.NAME`, and whether layers have files of their own."""
     layers = [] if folder.is_file() else _files(folder, r"layer_(\d+)-model_(\d+)-model_states\.pt")
     if layers:
         numbers = [tuple(map(int, re.findall(r"\d+", f.name)[:2])) for f in layers]
@@ -123,7 +208,7 @@ def _rank_modules(folder: Path, heads: list[Path], loaded: list[Mapping[str, Any
         for file, content in zip(heads, loaded, strict=True):
             module = _mapping(content.get("module"), file)
             modules.append({name.removeprefix("sequential."): tensor for name, tensor in module.items()})
-    return [{n: t for n, t in m.items() if not _IGNORED.search(n)} for m in modules]
+    return [{n: t for n, t in m.items() if not _IGNORED.search(n)} for m in modules], bool(layers)
 
 
 def _without(modules: Sequence[dict[str, Tensor]], unused: Collection[str]) -> list[dict[str, Tensor]]:
@@ -137,24 +222,6 @@ def _check_args(args: Mapping[str, Any], model: ModelConfig, folder: Path) -> No
                 f"{folder}: was trained with {key} {args[key]}, but model.{key} is {getattr(model, key)}: "
                 "use the configuration that it was trained with"
             )
-
-
-def _merge(
-    rows: Sequence[NeoXRow],
-    ranks: Sequence[Mapping[str, Tensor]],
-    model: ModelConfig,
-    what: str,
-    moment: bool = False,
-) -> dict[str, Tensor]:
-    for tensors in ranks:
-        check_names([name for row in rows for name in row.theirs], tensors, what)
-    parallel = model.residual == "parallel"
-    whole = {}
-    for row in rows:
-        for name in row.theirs:
-            shards = [tensors[name] for tensors in ranks]
-            whole[name] = merge_shards(row, shards, parallel, model.hidden_size, moment)
-    return whole
 
 
 def _optimizer(
@@ -175,11 +242,13 @@ def _optimizer(
             return None
         states.append(state)
     moments = {
-        key: to_ours(
-            rows,
-            _merge(rows, [{n: s[key] for n, s in state.items()} for state in states], model, str(folder), True),
-            f"{folder} (optimizer)",
-        )
+        key: {
+            name: tensor
+            for _, part in _merged_rows(
+                rows, [{n: s[key] for n, s in state.items()} for state in states], model, f"{folder} (optimizer)", True
+            )
+            for name, tensor in part.items()
+        }
         for key in ("exp_avg", "exp_avg_sq")
     }
     steps = {our: states[0][row.theirs[0]]["step"] for row in rows for our in row.ours}

@@ -250,8 +250,11 @@ def merge_shards(
             return torch.cat(list(shards), dim=1)  # output_layer_parallelism: row
         blocks = [_blocks(shard, row.parts) for shard in shards]
         return torch.cat([torch.cat(same) for same in zip(*blocks, strict=True)])
+    summed = row.sharding == "row_bias" and parallel_residual and not moment
+    if not summed and all(torch.equal(shard, shards[0]) for shard in shards[1:]):
+        return shards[0]
     total = torch.stack([shard.float() for shard in shards]).sum(0)
-    if row.sharding == "row_bias" and parallel_residual and not moment:
+    if summed:
         return total
     # Norms of old runs have drifted apart between ranks; GPT-NeoX's own tools take their mean.
     return total / len(shards)
@@ -272,8 +275,7 @@ def split_shards(row: NeoXRow, whole: Tensor, ranks: int, parallel_residual: boo
 
 
 def _blocks(tensor: Tensor, parts: tuple[int, ...]) -> Sequence[Tensor]:
-    unit = len(tensor) // sum(parts)
-    return tensor.split([part * unit for part in parts])
+    return tensor.split([part * len(tensor) // sum(parts) for part in parts])
 
 
 def to_gptneox(
