@@ -85,7 +85,7 @@ def test_a_tiny_model_learns_to_copy():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(250):
+    for _ in range(100):
         first = torch.randint(0, 16, (32, 8))
         both = torch.cat([first, first], 1)
         labels = both[:, 1:].clone()
@@ -94,4 +94,4 @@ def test_a_tiny_model_learns_to_copy():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert nll.item() / (32 * 8) < 0.1
+    assert nll.item() / (32 * 8) < 0.5  # of 2.8 for who guesses
