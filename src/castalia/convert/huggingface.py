@@ -10,7 +10,8 @@ fields that stand in the way. The classes are described in huggingface_gpt.py an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from castalia.config import ModelConfig
 from castalia.convert.huggingface_gpt import GPT_ARCHITECTURES
 from castalia.convert.huggingface_llama import LLAMA_ARCHITECTURES
 from castalia.convert.huggingface_parts import Architecture
-from castalia.convert.table import to_ours, to_theirs
+from castalia.convert.table import Row, check_names, row_to_ours, to_theirs
 from castalia.errors import UserError
 
 ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (*GPT_ARCHITECTURES, *LLAMA_ARCHITECTURES)}
@@ -28,6 +29,7 @@ ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (*GPT_ARCHITE
 # Buffers of older releases, which follow from the configuration.
 _IGNORED = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 _NEAREST = 2
+_THEIRS = "the Hugging Face weights"
 
 
 def to_huggingface(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -48,20 +50,64 @@ def from_huggingface(state_dict: Mapping[str, Tensor], model: ModelConfig) -> di
     Raises:
         UserError: a tensor is missing, left over, or does not fit the configuration.
     """
+    plan = import_plan(state_dict, model)
+    plan.check_tied(state_dict)
+    return {
+        name: tensor.float()
+        for row in plan.rows
+        for name, tensor in row_to_ours(row, {n: state_dict[plan.stored[n]] for n in row.theirs}, _THEIRS).items()
+    }
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """How the tensors of a Hugging Face folder become ours, by their names alone.
+
+    Attributes:
+        rows: the table.
+        stored: name in the table -> name in the files.
+        tied: names in the files of an output matrix that should equal the embedding, and of the embedding.
+    """
+
+    rows: list[Row]
+    stored: dict[str, str]
+    tied: tuple[str, str] | None
+
+    def check_tied(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse an output matrix of its own in a model that ties it."""
+        if self.tied is not None and not torch.equal(*(weights[name] for name in self.tied)):
+            raise UserError(
+                f"{self.tied[0]}: differs from {self.tied[1]}, though the configuration ties them: "
+                "set model.tie_embeddings=false"
+            )
+
+
+def import_plan(names: Iterable[str], model: ModelConfig) -> ImportPlan:
+    """Find each of the table's tensors among the names of a folder's files.
+
+    Buffers of older releases are passed over, and files that were written from the bare model, without
+    `transformer.` or its like in front of each name, are read as well (GPT-2's first release is one).
+
+    Raises:
+        UserError: a tensor is missing or left over.
+    """
     architecture = architecture_of(model)
     rows = architecture.rows(model)
-    found = {name: tensor for name, tensor in state_dict.items() if not _IGNORED.search(name)}
+    prefix = rows[0].theirs[0].split(".")[0] + "."
+    found = [name for name in names if not _IGNORED.search(name)]
+    bare = not any(name.startswith(prefix) for name in found)
     head, *others = architecture.heads
-    for other in others:
-        if other in found:
-            found[head] = found.pop(other)
-    if model.tie_embeddings and head in found:
+    stored = {}
+    for name in found:
+        full = head if name in others else name
+        stored[prefix + full if bare and full not in architecture.heads else full] = name
+    tied = None
+    if model.tie_embeddings and head in stored:
         embedding = next(row.theirs[0] for row in rows if row.ours == ("embedding.weight",))
-        if not torch.equal(found.pop(head), found.get(embedding, torch.empty(0))):
-            raise UserError(
-                f"{head}: differs from {embedding}, though the configuration ties them: set model.tie_embeddings=false"
-            )
-    return {name: tensor.float() for name, tensor in to_ours(rows, found, "the Hugging Face weights").items()}
+        theirs = stored.pop(head)
+        tied = (theirs, stored[embedding]) if embedding in stored else None
+    check_names([name for row in rows for name in row.theirs], stored, _THEIRS)
+    return ImportPlan(rows, stored, tied)
 
 
 def huggingface_config(model: ModelConfig, *, eod: int | None = None, dtype: str = "float32") -> dict[str, Any]:
@@ -99,6 +145,11 @@ def model_config_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: another architecture, or settings that we have nothing for.
     """
     model_type = hf_config.get("model_type")
+    if hf_config.get("quantization_config"):
+        method = hf_config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"quantization_config: weights quantised by {method} cannot be imported: take the release they were made of"
+        )
     if model_type not in ARCHITECTURES:
         raise UserError(f"model_type: '{model_type}' cannot be imported: known are {', '.join(sorted(ARCHITECTURES))}")
     try:

@@ -175,7 +175,7 @@ def _gpt2_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 # --- GPT-J -----------------------------------------------------------------------------------------
 
 
-def _halves(model: ModelConfig) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def halves(model: ModelConfig) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Rows [n d, ...] of heads whose rotated dimensions are neighbours, to halves; and back."""
     r, d = model.rotary_dim, model.head_size
     order = torch.cat([torch.arange(0, r, 2), torch.arange(1, r, 2), torch.arange(r, d)])
@@ -188,7 +188,7 @@ def _halves(model: ModelConfig) -> tuple[Callable[[Tensor], Tensor], Callable[[T
 
 def _gptj_rows(model: ModelConfig) -> list[Row]:
     split, join = separate_qkv(model)
-    to_halves, to_pairs = _halves(model)
+    to_halves, to_pairs = halves(model)
 
     def theirs_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         q, k, v = split(tensors)

@@ -69,15 +69,28 @@ def _translate(
     check_names(expected, weights, what)
     done: dict[str, Tensor] = {}
     for source, target, transform in rows:
-        try:
-            tensors = transform([weights[name] for name in source])
-        except RuntimeError as error:
-            shapes = ", ".join(f"{name} {list(weights[name].shape)}" for name in source)
-            raise UserError(
-                f"{what}: {shapes} does not fit the configuration: use the one it was trained with"
-            ) from error
-        done |= zip(target, tensors, strict=True)
+        done |= zip(target, _applied(transform, {name: weights[name] for name in source}, what), strict=True)
     return done
+
+
+def row_to_theirs(row: Row, weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """One row's tensors under their names; `weights` is asked for these alone, and may read them from a file."""
+    tensors = _applied(row.to_theirs, {name: weights[name] for name in row.ours}, what)
+    return dict(zip(row.theirs, tensors, strict=True))
+
+
+def row_to_ours(row: Row, weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """One row's tensors under our names; see `row_to_theirs`."""
+    tensors = _applied(row.to_ours, {name: weights[name] for name in row.theirs}, what)
+    return dict(zip(row.ours, tensors, strict=True))
+
+
+def _applied(transform: Transform, weights: Mapping[str, Tensor], what: str) -> Sequence[Tensor]:
+    try:
+        return transform(list(weights.values()))
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in weights.items())
+        raise UserError(f"{what}: {shapes} does not fit the configuration: use the one it was trained with") from error
 
 
 def check_names(expected: Collection[str], found: Collection[str], what: str) -> None:

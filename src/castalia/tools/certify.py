@@ -159,6 +159,20 @@ def certify_families(folder: Path) -> str:
     return families.certify_families(folder, say=lambda text: print(text, file=sys.stderr, flush=True))
 
 
+def certify_smollm2(folder: Path) -> str:
+    """A released model, imported: the logits, the English and the LAMBADA answers of transformers."""
+    from castalia.tools import import_smollm2
+
+    return import_smollm2.certify_smollm2(folder, say=lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def certify_harness(folder: Path) -> str:
+    """Tasks of lm-evaluation-harness: the accuracies and log-likelihoods of its own backend, at every batch size."""
+    from castalia.tools import harness_certificate
+
+    return harness_certificate.certify_harness(folder, say=lambda text: print(text, file=sys.stderr, flush=True))
+
+
 STEPS = 800
 
 
@@ -266,6 +280,8 @@ CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "preparation_kills": certify_preparation_kills,
     "model_matrix": certify_model_matrix,
     "families": certify_families,
+    "harness": certify_harness,
+    "smollm2": certify_smollm2,
     "index_mutations": certify_index_mutations,
     "source_mutations": certify_source_mutations,
 }
