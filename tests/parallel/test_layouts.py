@@ -7,7 +7,7 @@ import torch
 
 from castalia.errors import UserError
 from castalia.model.transformer import Transformer
-from castalia.parallel.layout import Layout, layout_of
+from castalia.parallel.layout import Layout, held_tokens, layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.plans import bounds, entry
 from castalia.parallel.stages import layer_stages, partition
@@ -32,6 +32,48 @@ PAIRS = {
     "ep2x2": ("model.moe_num_experts=3", "model.moe_bias_rate=0.01", "model.moe_shared_experts=1"),
     "zero3cp2tp2": ("model.position=learned", "model.qk_norm=true", "model.norm=rmsnorm"),
 }
+
+
+EXPERTS = (
+    *DROPOUT,
+    "model.moe_num_experts=4",
+    "model.moe_shared_experts=1",
+    "model.moe_bias_rate=0.01",
+    "model.moe_jitter=0.1",
+    "loss.moe_balance=0.05",
+    "loss.moe_z_loss=0.01",
+)
+APART = (*DROPOUT, "data.document_mask=true")
+PRODUCTS = [
+    ("tp2", EXPERTS),
+    ("tp2sp", EXPERTS),
+    ("cp2", EXPERTS),
+    ("pp2", EXPERTS),
+    ("ep2tp2", EXPERTS),
+    ("zero3", (*DROPOUT, "model.moe_num_experts=4", "model.moe_bias_rate=0.01")),
+    ("cp2", APART),
+    ("pp2", APART),
+    ("cp2pp2", (*APART, "model.position=alibi")),
+    ("cp2contiguous", DROPOUT),
+    ("pp2", ("model.position=rpe",)),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), PRODUCTS)
+def test_layouts_and_parts_of_models_compose(config_of, name, overrides):
+    (verdict,) = verify_layouts(config_of(*overrides), [name])
+    assert verdict.good, verdict
+
+
+@pytest.mark.parametrize(("length", "ranks"), [(32, 2), (64, 4), (48, 3)])
+def test_context_ranks_hold_every_token_once_and_meet_as_many_pairs(length, ranks):
+    held = [held_tokens(length, ranks, rank, True) for rank in range(ranks)]
+    assert sorted(i for chunks in held for chunk in chunks for i in chunk) == list(range(length))
+    assert len({sum(i + 1 for chunk in chunks for i in chunk) for chunks in held}) == 1
+
+
+def test_a_sequence_that_does_not_divide_into_pairs_of_chunks_is_cut_in_stretches():
+    assert [held_tokens(6, 2, rank, True) for rank in range(2)] == [[range(3)], [range(3, 6)]]
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -78,13 +120,14 @@ def test_a_fault_is_named_in_layers_that_are_computed_again(config_of):
         ({"zero": 3, "shard": 3, "procs": 4}, (), "parallel.shard 3 does not divide the 4"),
         ({"context": 3, "procs": 3}, (), "data.seq_length 32 does not divide by parallel.context 3"),
         ({"expert": 2, "procs": 2}, (), "parallel.expert 2 is more than model.moe_num_experts 0"),
-        ({"tensor": 2, "procs": 2}, ("model.moe_num_experts=4",), "no plan for cutting layers"),
-        ({"context": 2, "procs": 2}, ("model.moe_num_experts=4",), "model.moe_num_experts needs whole sequences"),
+        (
+            {"context": 2, "procs": 2},
+            ("model.moe_num_experts=4", "model.moe_router=sinkhorn", "model.moe_top_k=1"),
+            "model.moe_router sinkhorn needs whole sequences",
+        ),
+        ({"zero": 3, "procs": 2}, ("model.moe_num_experts=4", "loss.moe_balance=0.1"), "ZeRO has put away"),
         ({"tensor": 2, "procs": 2}, ("model.qk_norm=true",), "model.qk_norm with model.norm layernorm"),
-        ({"context": 2, "procs": 2}, ("data.document_mask=true",), "data.document_mask needs whole sequences"),
-        ({"pipeline": 2, "procs": 2}, ("data.document_mask=true",), "data.document_mask does not go through"),
         ({"pipeline": 5, "procs": 5}, (), "model.num_layers 4 is less than the 5 stages"),
-        ({"pipeline": 2, "procs": 2}, ("model.position=rpe",), "model.position rpe does not go through a pipeline"),
         ({"pipeline": 2, "procs": 4, "zero": 1, "schedule": "zero_bubble"}, (), "zero_bubble splits the backward pass"),
         ({"tensor": 2, "procs": 2, "performance.compile": True}, (), "performance.compile"),
     ],

@@ -26,6 +26,12 @@ class ParallelConfig(Section):
         False, "tensor-parallel ranks share the sequence between matrices (sequence parallel)", "performance"
     )
     context: int = setting(1, "ranks that share each sequence (context parallel)", "performance", ge=1)
+    context_balance: bool = setting(
+        True,
+        "context-parallel ranks hold chunks c and 2N-1-c of 2N, so that all have the same work; false, or where the "
+        "sequence does not divide by 2N: a stretch each",
+        "performance",
+    )
     expert: int = setting(
         1, "data-parallel ranks that share the experts of each layer (expert parallel)", "performance", ge=1
     )
@@ -57,11 +63,8 @@ class ParallelConfig(Section):
                 "parallel.offload parameters fetches the weights layer by layer, as parallel.zero 3 does: set "
                 "parallel.zero=3, or parallel.offload=optimizer"
             )
-        if self.expert > 1 and (self.zero or self.tensor > 1 or self.context > 1 or self.pipeline > 1):
-            raise ValueError(
-                "parallel.expert goes with plain data parallelism so far: leave parallel.zero, parallel.tensor, "
-                "parallel.context and parallel.pipeline out"
-            )
+        if self.expert > 1 and self.zero:
+            raise ValueError("parallel.expert does not go with ZeRO so far: leave parallel.zero out")
         if not (self.partition in ("uniform", "parameters") or self.partition.startswith("type:")):
             raise ValueError(f"parallel.partition is {self.partition!r}: give uniform, parameters or type:REGEX")
         return self

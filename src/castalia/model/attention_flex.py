@@ -33,7 +33,9 @@ def serves(q: Tensor, drop: Drop | None) -> bool:
 def flexible_attention(q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float | None = None) -> Tensor:
     """Attention by the kernels of GPUs; the arguments are those of `castalia.model.attention.attend`."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if q.device.type == "cuda" and half and mask.documents is not None and mask.layout is None and mask.bias is None:
+    whole = mask.past == 0 and q.shape[2] == k.shape[2]
+    plain = mask.documents is not None and mask.layout is None and mask.bias is None
+    if q.device.type == "cuda" and half and plain and whole:
         return _variable_lengths(q, k, v, mask, scale)
     key = f"flex/{q.shape[1]}/{q.shape[2]}/{k.shape[2]}"
     if key not in mask.memo:
@@ -65,7 +67,7 @@ def mask_mod(mask: MaskSpec, keys: int, device: torch.device) -> Any:
             seen = seen & (i - j < mask.window)
         if starts is not None:
             seen = seen & (starts[b, i] == starts[b, j])
-            i, j = i - starts[b, query], j - starts[b, key]
+            i, j = i - starts[b, i], j - starts[b, j]
         if live is not None:
             seen = seen & live[h if live.shape[0] > 1 else 0, i // block, j // block]
         return seen

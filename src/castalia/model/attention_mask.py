@@ -40,7 +40,8 @@ class Documents:
     """Which tokens belong together: a document is a run of equal ids.
 
     Attributes:
-        starts: int64 `[B, S]`, for each token the place of its document's first token.
+        starts: int64 `[B, T]`, for each token the place of its document's first token; of all tokens of the
+            sequence, where the queries are those of some.
     """
 
     starts: Tensor
@@ -115,7 +116,7 @@ class MaskSpec:
         past: keys before the first query's own; query row r is token past + r.
         window: keys that a query sees at most, its own included; None: all earlier ones.
         layout: the live blocks; None: all.
-        documents: None: all one document. Not together with `past`.
+        documents: None: all one document.
         bias: None: positions enter otherwise.
         dense: all of this as an additive fp32 matrix `[1 or B, 1 or n, S, T]`, -inf where nothing is to
             be seen; None: not built.
@@ -183,8 +184,9 @@ class MaskSpec:
         i, j = rows.unsqueeze(0), columns.unsqueeze(0)
         if self.documents is not None:
             starts = self.documents.starts
-            seen = seen & (starts.unsqueeze(-1) == starts.unsqueeze(-2)).unsqueeze(1)
-            i, j = i - starts, j - starts
+            of_rows, of_columns = starts[:, self.past : self.past + queries], starts[:, :keys]
+            seen = seen & (of_rows.unsqueeze(-1) == of_columns.unsqueeze(-2)).unsqueeze(1)
+            i, j = i - of_rows, j - of_columns
         if self.layout is not None:
             live = self.layout.live(keys).to(device)
             i, j = (p.div(self.layout.block, rounding_mode="floor") for p in (i, j))
@@ -230,6 +232,8 @@ class Masks:
 
     def __init__(self, cfg: ModelConfig) -> None:
         self._cfg = cfg
+        self.matrices = True
+        """Short sequences get their mask as a matrix; not where a core describes them anew (context parallelism)."""
         layouts: dict[tuple[str, int], BlockLayout] = {}
         self.layers: list[tuple[str, BlockLayout | None]] = []
         for layer, kind in enumerate(cfg.attention_kinds):
@@ -264,7 +268,7 @@ class Masks:
                 if kind == "global-gate":
                     mask.bias = None
                 tokens, total = positions.shape[-1], past + positions.shape[-1]
-                if not mask.plain(total) and mask.better_dense(tokens, total):
+                if self.matrices and not mask.plain(total) and mask.better_dense(tokens, total):
                     mask.dense = mask.matrix(tokens, total, positions.device)
                 made[kind, id(layout)] = mask
         return tuple(made[kind, id(layout)] for kind, layout in self.layers)

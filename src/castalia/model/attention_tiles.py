@@ -73,8 +73,12 @@ def plan(
     if mask.documents is None:
         spans = [(everything, 0, keys)]
     else:
-        assert mask.past == 0 and queries == keys
-        spans = [(slice(b, b + 1), *span) for b, row in enumerate(mask.documents.spans()) for span in row]
+        spans = [
+            (slice(b, b + 1), start, min(end, keys))
+            for b, row in enumerate(mask.documents.spans())
+            for start, end in row
+            if end > mask.past and start < keys
+        ]
     parts = [everything]
     if mask.layout is not None and len(mask.layout.live(1)) > 1:
         parts = [slice(head, head + 1) for head in range(heads)]

@@ -9,6 +9,7 @@ A dictionary by layer, so that a layer that is recomputed in backward notes the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def expert_counts(routing: Routing) -> Tensor:
     return _counts(routing.chosen.flatten(), routing.logits.shape[-1])
 
 
-def balance_loss(routing: Routing, scope: str) -> Tensor:
+def balance_loss(routing: Routing, scope: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """E sum_i f_i P_i: 1 where experts are used evenly, E where one has all (Fedus et al. 2021, eq. 4-6).
 
     f_i is the share of assignments that went to expert i (no gradient), P_i the mean of its share of a
@@ -56,6 +57,8 @@ def balance_loss(routing: Routing, scope: str) -> Tensor:
 
     Args:
         scope: `sequence`: of each row, averaged over rows; `micro_batch`: all rows together.
+        total: sums a tensor over the ranks that hold other tokens of the same rows; what comes out is then to be
+            averaged over these ranks. None: whole rows are here.
 
     Returns:
         A fp32 scalar.
@@ -67,7 +70,9 @@ def balance_loss(routing: Routing, scope: str) -> Tensor:
         scores, chosen = scores.flatten(0, 1).unsqueeze(0), chosen.flatten().unsqueeze(0)
     used = torch.zeros(len(chosen), experts, dtype=scores.dtype, device=scores.device)
     used.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
-    return experts * (used / chosen.shape[1] * scores.mean(1)).sum(1).mean()
+    if total is not None:
+        used = total(used)
+    return experts * (used / used.sum(1, keepdim=True) * scores.mean(1)).sum(1).mean()
 
 
 def router_z_loss(routing: Routing) -> Tensor:

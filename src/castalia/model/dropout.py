@@ -14,7 +14,7 @@ constants of C. Wellons' hash search ("lowbias32"), in integer tensor operations
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ class DropoutKey:
         seed: the run's.
         step: the optimizer step.
         sample_ids: int64 `[B]`, the global number of each row's sample.
-        first_row: number of the first token that is held, where the sequence is shared out over ranks.
+        rows: int64 `[S]`, numbers of the tokens that are held, where the sequence is shared out over ranks;
+            None: 0, 1, 2, ...
+        wider: the key of which this one is a share (see `share`).
         streams: int64 `[B]`, all three mixed; what a forward pass reads, so that a compiled one sees
             a tensor and not a number that changes at every step.
     """
@@ -46,12 +48,31 @@ class DropoutKey:
     seed: int
     step: int
     sample_ids: Tensor
-    first_row: int = 0
+    rows: Tensor | None = None
+    wider: DropoutKey | None = field(default=None, repr=False, compare=False)
     streams: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         streams = _mix64(_mix64(self.sample_ids) ^ _word(f"dropout/{self.seed}/{self.step}"))
         object.__setattr__(self, "streams", streams)
+
+    def share(self, number: int, tokens: int) -> DropoutKey:
+        """The key of the tokens `number x tokens` and so on, of those that are held."""
+        first = number * tokens
+        if self.rows is None:
+            rows = torch.arange(first, first + tokens, device=self.sample_ids.device)
+        else:
+            rows = self.rows[first : first + tokens]
+        return replace(self, rows=rows, wider=self)
+
+    @property
+    def whole(self) -> DropoutKey:
+        """The key that this one is a share of, or itself."""
+        return self.wider or self
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Numbers of the rows of `x` `[B, ..., C]`."""
+        return torch.arange(x[0].numel() // x.shape[-1], device=x.device) if self.rows is None else self.rows
 
 
 def dropout(x: Tensor, share: float, key: DropoutKey | None, place: str, layer: int = 0) -> Tensor:
@@ -65,9 +86,8 @@ def dropout(x: Tensor, share: float, key: DropoutKey | None, place: str, layer: 
     """
     if key is None or share == 0.0:
         return x
-    rows = torch.arange(key.first_row, key.first_row + x[0].numel() // x.shape[-1], device=x.device)
     columns = torch.arange(x.shape[-1], device=x.device)
-    return drop_elements(x, share, key, place, layer, rows, columns)
+    return drop_elements(x, share, key, place, layer, key.rows_of(x), columns)
 
 
 def drop_elements(
@@ -125,7 +145,7 @@ def jitter(x: Tensor, width: float, key: DropoutKey | None, layer: int) -> Tenso
     """`x` `[B, ..., C]` times numbers uniform between 1 - width and 1 + width; `x` itself without a key or width."""
     if key is None or width == 0.0:
         return x
-    rows, columns = (torch.arange(n, device=x.device) for n in (x[0].numel() // x.shape[-1], x.shape[-1]))
+    rows, columns = key.rows_of(x), torch.arange(x.shape[-1], device=x.device)
     return x * (1.0 + width * _symmetric(key.streams, rows, columns, "router", layer)).view(x.shape).to(x.dtype)
 
 

@@ -192,11 +192,16 @@ class Router(nn.Module):
         return weights, Routing(logits, scores, chosen)
 
     @torch.no_grad()
-    def rebalance(self, counts: Tensor) -> None:
-        """Move the biases by the counts `[E]` of the global batch (Wang et al. 2024, algorithm 1)."""
+    def rebalance(self, counts: Tensor, local: Tensor | None = None, first: int = 0) -> None:
+        """Move the biases by the counts `[E]` of the global batch (Wang et al. 2024, algorithm 1).
+
+        Args:
+            local, first: the biases that are held here, and the number of the first; None: all.
+        """
         if self.bias is not None:
-            counts = counts.to(self.bias.dtype)
-            self.bias.add_((counts.mean() - counts).sign(), alpha=self.rate)
+            held = self.bias if local is None else local
+            counts = counts.to(held.device, held.dtype)
+            held.add_((counts.mean() - counts).sign()[first : first + len(held)], alpha=self.rate)
 
 
 class MoE(nn.Module):

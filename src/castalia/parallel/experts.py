@@ -3,7 +3,8 @@
     x [T,h] ─rows by expert─> [T k, h] ─all to all─> rows of this rank's experts ─sort─> experts
     y [T,h] <─weighted sums─  [T k, h] <─all to all─ <──────────────────────────unsort─┘
 
-The ranks are data-parallel ones: each has its own tokens, and every parameter but the experts' whole. A
+The ranks are data-parallel ones: each has its own tokens, and every parameter but the experts' as without.
+Tensor ranks hold some inner columns of each expert, and each sends all rows to those of its own number. A
 rank's experts see the tokens of all ranks of its group, so that their gradients are complete within it.
 (Lepikhin et al. 2021)
 """
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from castalia.model.moe import Experts, MoE
+from castalia.model.moe import Experts, MoE, Router
 from castalia.model.norms import wide
 from castalia.parallel.collectives import Group
 from castalia.parallel.mesh import Mesh
@@ -39,8 +40,9 @@ def spread_experts(model: nn.Module, places: Mapping[str, Place], mesh: Mesh) ->
     for name, parameter in list(model.named_parameters()):
         if holds_experts(name):
             first, end = bounds(places[name].shape[0], ranks, rank)
-            local = (end - first, *places[name].shape[1:])
-            out[name] = replace(places[name], offset=(first, 0, 0), local=local, copies=places[name].copies // ranks)
+            local = (end - first, *places[name].local[1:])
+            offset = (first, *places[name].offset[1:])
+            out[name] = replace(places[name], offset=offset, local=local, copies=places[name].copies // ranks)
             owner, _, leaf = name.rpartition(".")
             small = nn.Parameter(torch.empty(local, device=parameter.device), requires_grad=parameter.requires_grad)
             model.get_submodule(owner).register_parameter(leaf, small)
@@ -49,6 +51,18 @@ def spread_experts(model: nn.Module, places: Mapping[str, Place], mesh: Mesh) ->
             count = module.router.weight.shape[0]
             module.dispatcher = FarDispatcher(count, mesh.group("shard"))
     return out
+
+
+def rebalance(router: Router, counts: Tensor) -> None:
+    """As `Router.rebalance`, of the biases that ZeRO leaves on this rank."""
+    bias: Any = router.bias
+    if not hasattr(bias, "to_local"):
+        router.rebalance(counts)
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(bias.shape, bias.device_mesh, bias.placements)
+    router.rebalance(counts, bias.to_local(), offset[0] if shape[0] else 0)
 
 
 class FarDispatcher:

@@ -27,6 +27,7 @@ class Layout:
         zero: ZeRO's stage.
         sequence: sequence parallelism among the tensor ranks.
         expert: ranks that share experts: those along `shard`.
+        balanced: context ranks hold chunks of which all have the same work, where the sequence divides so.
     """
 
     pipeline: int = 1
@@ -37,6 +38,7 @@ class Layout:
     zero: int = 0
     sequence: bool = False
     expert: int = 1
+    balanced: bool = True
 
     @property
     def world(self) -> int:
@@ -92,7 +94,23 @@ def layout_of(cfg: ParallelConfig, world: int) -> Layout:
         raise UserError(f"parallel.{key} {shard} does not divide the {data} data-parallel ranks: change it")
     # Spreading over one rank is not spreading.
     zero = cfg.zero if shard * cfg.context > 1 else 0
-    return Layout(cfg.pipeline, data // shard, shard, cfg.context, cfg.tensor, zero, cfg.sequence, cfg.expert)
+    return Layout(
+        cfg.pipeline, data // shard, shard, cfg.context, cfg.tensor, zero, cfg.sequence, cfg.expert, cfg.context_balance
+    )
+
+
+def held_tokens(length: int, ranks: int, rank: int, balanced: bool) -> list[range]:
+    """The tokens of a sequence that one of the context-parallel ranks holds, in chunks of one size.
+
+    A causal query sees the keys before it, so with `balanced` a rank takes one chunk of 2N from the front and its
+    mirror image from the end: every rank then meets (2N + 1) chunks of keys in all. Where the length does not divide
+    by 2N, and otherwise, it is a single stretch.
+    """
+    if balanced and ranks > 1 and length % (2 * ranks) == 0:
+        size = length // (2 * ranks)
+        return [range(i * size, (i + 1) * size) for i in (rank, 2 * ranks - 1 - rank)]
+    size = length // ranks
+    return [range(rank * size, (rank + 1) * size)]
 
 
 def check_layout(config: Config, layout: Layout) -> None:
@@ -114,6 +132,12 @@ def check_layout(config: Config, layout: Layout) -> None:
         raise UserError(
             f"parallel.expert {layout.expert} is more than model.moe_num_experts {config.model.moe_num_experts}: "
             "lower it"
+        )
+    losses = config.loss.moe_balance > 0 or config.loss.moe_z_loss > 0
+    if layout.zero and config.model.moe_num_experts and losses:
+        raise UserError(
+            "loss.moe_balance and loss.moe_z_loss go back into layers whose weights ZeRO has put away: set "
+            "parallel.zero=0, or balance with model.moe_bias_rate"
         )
     if layout.tensor > 1:
         _check_tensor(config.model, layout, config.data.seq_length)
@@ -164,7 +188,10 @@ def _check_tensor(model: ModelConfig, layout: Layout, seq_length: int) -> None:
             raise UserError(
                 f"model.{key} {size} does not divide by parallel.tensor {t}: heads are not cut; change one of them"
             )
-    for key, size in (("intermediate_size", model.mlp_size), ("vocab_size", model.vocab_size or t)):
+    widths = [("intermediate_size", model.mlp_size), ("vocab_size", model.vocab_size or t)]
+    if model.moe_num_experts:
+        widths.append(("moe_intermediate_size", model.expert_size))
+    for key, size in widths:
         if size < t:
             raise UserError(f"model.{key} {size} is less than parallel.tensor {t}: some rank would have none")
     if model.block != "transformer":
@@ -185,9 +212,8 @@ def _check_context(config: Config, layout: Layout) -> None:
     model = config.model
     for key, there in (
         ("model.soft_prompt_tokens", model.soft_prompt_tokens),
-        ("model.moe_num_experts", model.moe_num_experts),
         ("model.mtp_depth", model.mtp_depth),
-        ("data.document_mask", config.data.document_mask),
+        ("model.moe_router sinkhorn", model.moe_num_experts and model.moe_router == "sinkhorn"),
     ):
         if there:
             raise UserError(f"{key} needs whole sequences on each rank: set parallel.context=1")
@@ -206,14 +232,12 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
         raise UserError("model.num_unique_layers shares layers between stages of a pipeline: set parallel.pipeline=1")
     if model.soft_prompt_tokens:
         raise UserError("model.soft_prompt_tokens cannot be trained through a pipeline: set parallel.pipeline=1")
-    for key, there in (
-        ("model.position rpe", model.position == "rpe"),
-        ("model.moe_num_experts", model.moe_num_experts),
-        ("model.mtp_depth", model.mtp_depth),
-        ("data.document_mask", config.data.document_mask),
-    ):
-        if there:
-            raise UserError(f"{key} does not go through a pipeline yet: set parallel.pipeline=1")
+    if model.mtp_depth:
+        raise UserError("model.mtp_depth does not go through a pipeline yet: set parallel.pipeline=1")
+    if model.moe_num_experts and config.parallel.schedule == "zero_bubble":
+        raise UserError(
+            "parallel.schedule zero_bubble splits the backward pass, the losses of experts do not: use another schedule"
+        )
     if config.performance.recompute != "none" and config.parallel.schedule == "zero_bubble":
         raise UserError("parallel.schedule zero_bubble goes back twice: set performance.recompute=none")
     if layout.zero and config.parallel.schedule == "zero_bubble":

@@ -122,7 +122,8 @@ def wrap(model: Transformer, config: Config, mesh: Mesh) -> tuple[Transformer, d
         ends = {"embedding.weight"} if model.head is None else set()
         model = Part(model, stages, range(mesh.index("pipeline"), len(stages), layout.pipeline))
         held = [name for name, _ in model.named_parameters()]
-        places = {n: replace(places[n], copies=places[n].copies * (2 if n in ends else 1)) for n in held}
+        times = dict.fromkeys(ends, 2) | {"relative_bias.weight": layout.pipeline}
+        places = {n: replace(places[n], copies=places[n].copies * times.get(n, 1)) for n in held}
     if layout.zero:
         from castalia.parallel.shards import shard
 

@@ -34,6 +34,14 @@ TENSOR_PLAN: dict[str, int | str | None] = {
     "layers.*.mlp.gate.*": ROWS,
     "layers.*.mlp.down.weight": COLUMNS,
     "layers.*.mlp.down.bias": WHOLE,
+    "layers.*.mlp.router.weight": WHOLE_PARTIAL,
+    "layers.*.mlp.router.bias": WHOLE,
+    "layers.*.mlp.experts.up.weight": 1,
+    "layers.*.mlp.experts.gate.weight": 1,
+    "layers.*.mlp.experts.down.weight": 2,
+    "layers.*.mlp.shared.up.weight": ROWS,
+    "layers.*.mlp.shared.gate.weight": ROWS,
+    "layers.*.mlp.shared.down.weight": COLUMNS,
     "final_norm.*": WHOLE,
 }
 

@@ -13,11 +13,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from castalia.config import Config
 from castalia.errors import UserError
+from castalia.model.attention_mask import Documents
+from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey
+from castalia.model.moe import MoE
 from castalia.model.transformer import Transformer
 from castalia.parallel.layout import stages_of
 from castalia.parallel.mesh import Mesh
@@ -87,7 +91,7 @@ class Part(Transformer):
         empty = cast(Any, None)
         self.embedding = model.embedding if first or (last and tied) else empty
         self.position_embedding = model.position_embedding if first else None
-        self.relative_bias = self.soft_prompt = None
+        self.relative_bias, self.soft_prompt = model.relative_bias, None
         held = [i for stage in mine for i in stages[stage]]
         self.layers = cast(Any, nn.ModuleDict({str(i): model.layers[i] for i in held}))
         self.final_norm = model.final_norm if last else empty
@@ -95,10 +99,22 @@ class Part(Transformer):
         self.mtp = nn.ModuleList()
         self.stages, self.mine = list(stages), list(mine)
         self.seed = self.step = 0
-        self.drops, self.first_row = False, 0
+        self.drops = False
+        self.rows: Tensor | None = None
+        self.routed: Callable[[int, Collected], Tensor] | None = None
+        """(stage, what its layers noted) -> a loss of the routing to add; None: nothing looks at it."""
+
+    def experts_of(self, layer: int) -> MoE:
+        """The mixture of a layer that is held here."""
+        return cast("MoE", cast(Any, self.layers)[str(layer)].mlp)
 
     def forward(  # type: ignore[override]
-        self, stage: int, x: Tensor, positions: Tensor, sample_ids: Tensor | None = None
+        self,
+        stage: int,
+        x: Tensor,
+        positions: Tensor,
+        sample_ids: Tensor | None = None,
+        doc_ids: Tensor | None = None,
     ) -> Tensor:
         """One stage: token ids `[B, S]` for the first, hidden states else; hidden states come out.
 
@@ -106,16 +122,22 @@ class Part(Transformer):
             stage: its number.
             positions: int64 `[B, S]`.
             sample_ids: int64 `[B]`, on which dropout depends; needed while `drops`.
+            doc_ids: `[B, S]` of the whole sequence; None: each row is one document.
         """
         key = None
         if self.drops and sample_ids is not None:
-            key = DropoutKey(self.seed, self.step, sample_ids, self.first_row)
+            key = DropoutKey(self.seed, self.step, sample_ids, self.rows)
         if stage == 0:
             x = self._embed(x, positions, key)
-        # All rows have the same positions: one row is enough, and masks are described once.
-        context = self._context(positions[0], 0, None, key)
+        documents = None if doc_ids is None else Documents.of(doc_ids, x.device)
+        # Without documents all rows have the same positions: one row is enough, and masks are described once.
+        context = self._context(positions[0] if documents is None else positions, 0, None, key, documents)
+        collected = None if self.routed is None else Collected()
+        context = context._replace(collected=collected)
         for layer in self.stages[stage]:
             x = self.runner(self.layers[cast(Any, str(layer))], x, layer, context)
+        if self.routed is not None and collected is not None and collected.routing:
+            x = cast(Tensor, _Attach.apply(x, self.routed(stage, collected)))
         return self.final_norm(x) if stage == len(self.stages) - 1 else x
 
 
@@ -137,9 +159,23 @@ class Stage(nn.Module):
         ends += [part.final_norm, part.head or part.embedding] if last else []
         self.held = nn.ModuleList([*held, *(module for module in ends if module is not None)])
 
-    def forward(self, x: Tensor, positions: Tensor, sample_ids: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, sample_ids: Tensor, doc_ids: Tensor | None = None) -> Tensor:
         """See Part."""
-        return self._run(self.number, x, positions, sample_ids)
+        return self._run(self.number, x, positions, sample_ids, doc_ids)
+
+
+class _Attach(torch.autograd.Function):
+    """Hidden states as they are; backward also goes into a loss that was made on the way, as if it were added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
 
 
 SCHEDULES: dict[str, tuple[str, bool]] = {

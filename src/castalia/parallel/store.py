@@ -75,6 +75,8 @@ class SpreadStore:
         self._sum([g for n, g in gradients.items() if self._places[n].partial], "tensor")
         if self._mesh.layout.pipeline > 1 and "head.weight" not in self._shapes and "embedding.weight" in gradients:
             self._mesh.sum_over_ends(gradients["embedding.weight"])
+        if self._mesh.layout.pipeline > 1 and "relative_bias.weight" in gradients:  # every stage uses the one table
+            self._sum([gradients["relative_bias.weight"]], "pipeline")
 
     def so_far(self) -> dict[str, Tensor]:
         """See WeightStore."""

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from castalia.model.attention import Core
 from castalia.model.attention_mask import Drop, MaskSpec
+from castalia.model.collected import Routing
+from castalia.model.moe import MoE
 from castalia.model.norms import wide
 from castalia.model.transformer import Transformer
 from castalia.parallel import collectives
@@ -155,16 +157,49 @@ def _spread_block(block: Any, group: Group, ranks: int, rank: int, sequence: boo
         x, layer, context = inputs
         x = collectives.split(x, SEQUENCE, group) if layer == 0 else x
         if context.dropout is not None:
-            first = context.dropout.first_row + rank * x.shape[SEQUENCE]
-            context = context._replace(dropout=replace(context.dropout, first_row=first))
+            context = context._replace(dropout=context.dropout.share(rank, x.shape[SEQUENCE]))
+        return x, layer, context
+
+    def leave(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        return collectives.scatter_sum(y, SEQUENCE, group) if sequence else collectives.total(y, group)
+
+    def shared_losses(_: nn.Module, __: Any, out: tuple[Tensor, Routing]) -> tuple[Tensor, Routing]:
+        """Every rank adds the same losses of the routing, whose gradients are then summed: each gives its share."""
+        weights, routing = out
+        logits, scores = (_PartOfGradient.apply(t, ranks) for t in (routing.logits, routing.scores))
+        return weights, Routing(cast(Tensor, logits), cast(Tensor, scores), routing.chosen)
+
+    def all_tokens(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, layer, context = inputs
+        if context.dropout is not None:
+            context = context._replace(dropout=context.dropout.whole)
         return x, layer, context
 
     attention, mlp = block.attention, block.mlp
     attention.n, attention.k = attention.n // ranks, attention.k // ranks
     attention.core = SomeHeads(attention.core, rank * attention.n, attention.n)
     attention.out = RowLinear(attention.out, group, sequence)
-    mlp.down = RowLinear(mlp.down, group, sequence)
+    if isinstance(mlp, MoE):
+        # Ranks hold some inner columns of every expert: what they make are parts of sums.
+        mlp.router.register_forward_hook(shared_losses)
+        mlp.register_forward_hook(leave)
+        mlp.register_forward_pre_hook(all_tokens)
+    else:
+        mlp.down = RowLinear(mlp.down, group, sequence)
     for part in (attention, mlp):
         part.register_forward_pre_hook(enter)
     if sequence:
         block.register_forward_pre_hook(share_tokens)
+
+
+class _PartOfGradient(torch.autograd.Function):
+    """The value itself; one of so many shares of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shares: int) -> Tensor:
+        ctx.shares = shares
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad / ctx.shares, None

@@ -21,6 +21,20 @@ MODELS: dict[str, tuple[str, ...]] = {
     ),
     "grouped queries, swiglu, rmsnorm": ("model.num_kv_heads=4", "model.activation=swiglu", "model.norm=rmsnorm"),
     "mixture of experts": ("model.moe_num_experts=4", "model.moe_shared_experts=1", "model.activation=swiglu"),
+    "mixture of experts, losses, dropout": (
+        "model.moe_num_experts=4",
+        "loss.moe_balance=0.05",
+        "loss.moe_z_loss=0.01",
+        "model.moe_jitter=0.1",
+        "model.hidden_dropout=0.1",
+        "model.attention_dropout=0.1",
+    ),
+    "documents apart, dropout": (
+        "data.document_mask=true",
+        "model.hidden_dropout=0.1",
+        "model.attention_dropout=0.1",
+    ),
+    "T5's relative bias": ("model.position=rpe",),
     "ALiBi": ("model.position=alibi",),
     "learned positions, tied embeddings": ("model.position=learned", "model.tie_embeddings=true"),
 }

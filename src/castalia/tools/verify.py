@@ -11,6 +11,7 @@ again under watch, and the module that makes the difference is named (verify_mod
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import tempfile
@@ -26,8 +27,9 @@ from castalia.config.derive import derive
 from castalia.config.fields import flat
 from castalia.config.load import Tree, check
 from castalia.config.schema_parallel import ParallelConfig
+from castalia.data.sample import SourcePiece
 from castalia.errors import CheckFailed, UserError
-from castalia.parallel.layout import layout_of
+from castalia.parallel.layout import held_tokens, layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.testing import WorkerFailed, run_in_processes
 from castalia.parallel.world import World
@@ -49,6 +51,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp4": (4, {"tensor": 4}),
     "tp2sp": (2, {"tensor": 2, "sequence": True}),
     "cp2": (2, {"context": 2}),
+    "cp2contiguous": (2, {"context": 2, "context_balance": False}),
+    "cp4": (4, {"context": 4}),
+    "cp2tp2": (4, {"context": 2, "tensor": 2, "sequence": True}),
+    "cp2pp2": (4, {"context": 2, "pipeline": 2}),
     "zero3cp2tp2": (4, {"context": 2, "tensor": 2, "sequence": True, "zero": 3}),
     "pp2": (2, {"pipeline": 2}),
     "pp2gpipe": (2, {"pipeline": 2, "schedule": "gpipe"}),
@@ -60,6 +66,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3tp2pp2": (8, {"zero": 3, "tensor": 2, "pipeline": 2}),
     "ep2": (2, {"expert": 2}),
     "ep2x2": (4, {"expert": 2}),
+    "ep2tp2": (4, {"expert": 2, "tensor": 2, "sequence": True}),
+    "ep2cp2": (4, {"expert": 2, "context": 2}),
+    "ep2pp2": (4, {"expert": 2, "pipeline": 2}),
     "dp2tp2": (4, {"tensor": 2}),
     "zero3tp2": (4, {"tensor": 2, "zero": 3}),
 }
@@ -243,7 +252,10 @@ def train_small(
     plan = RunPlan(config.training.batch_size, config.data.seq_length, steps)
     shard = Shard(mesh.data_rank, mesh.layout.data)
     source = InventedText(config.data.seq_length, config.model.vocab_size or 2)
-    loader = Loader(cast(Any, source), plan, shard, config.micro_batch_size, 0, eod=0, eod_mask_loss=True)
+    documents = config.data.document_mask
+    loader = Loader(
+        cast(Any, source), plan, shard, config.micro_batch_size, 0, eod=0, eod_mask_loss=True, document_mask=documents
+    )
     trace = Trace()
     found = find_checkpoint(folder) if folder else None
     if found is not None:
@@ -264,9 +276,9 @@ def train_small(
         if step == first:
             trace.gradients = {n: parts.part(n, g) for n, g in parts.store.gradients().items()}
             if watched is not None:
-                stretch = config.data.seq_length // mesh.layout.context
-                place = (mesh.index("context"), mesh.index("tensor"))
-                trace.modules, watched = watched.seen(len(batches), stretch, *place), None
+                where = mesh.layout.context, mesh.index("context"), mesh.layout.balanced
+                held = np.concatenate([np.array(c) for c in held_tokens(config.data.seq_length, *where)])
+                trace.modules, watched = watched.seen(len(batches), held, mesh.index("tensor")), None
         trace.losses.append(stats.loss)
         trace.norms.append(norm.item())
         lr = learning_rate(step, config.optimizer.lr, config.schedule, steps)
@@ -297,6 +309,12 @@ class InventedText:
         ids = (draw.integers(1, self._vocab_size) + 3 * np.arange(self.seq_length + 1)) % self._vocab_size
         ids[draw.random(self.seq_length + 1) < 0.1 * (number % 6)] = 0
         return ids.astype(np.int64)
+
+    def pieces(self, number: int) -> list[SourcePiece]:
+        """See SampleSource: documents end with id 0."""
+        ends = (np.flatnonzero(self[number] == 0) + 1).tolist()
+        cuts = sorted({0, *ends, self.seq_length + 1})
+        return [SourcePiece("invented", i, 0, b - a) for i, (a, b) in enumerate(itertools.pairwise(cuts))]
 
     def labels(self, number: int) -> None:
         """None: the next token is the label."""

@@ -23,12 +23,12 @@ class Seen(NamedTuple):
     Attributes:
         output: of the forward pass.
         gradient: of the loss with respect to that; None where none came back.
-        first: number of the first token.
+        tokens: their numbers in the sequence.
     """
 
     output: np.ndarray
     gradient: np.ndarray | None
-    first: int
+    tokens: np.ndarray
 
 
 @dataclass

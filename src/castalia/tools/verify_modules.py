@@ -67,13 +67,13 @@ class Watched:
 
             out.register_hook(keep)
 
-    def seen(self, micro_batches: int, stretch: int, context: int, tensor: int) -> dict[str, Seen]:
+    def seen(self, micro_batches: int, held: np.ndarray, tensor: int) -> dict[str, Seen]:
         """What was noted in a step, by module; `module, time N` where it is executed several times. Ends the watch.
 
         Args:
             micro_batches: of the step on this rank.
-            stretch: tokens of a sequence on this context rank.
-            context, tensor: numbers of this rank.
+            held: numbers of the tokens of a sequence on this context rank.
+            tensor: number of this rank among the tensor-parallel ones.
         """
         self._noting = False
         out: dict[str, Seen] = {}
@@ -89,8 +89,9 @@ class Watched:
             output = torch.cat([self._outputs[name][i] for i in numbers])
             kept = [self._gradients[name][i] for i in numbers if i in self._gradients[name]]
             gradient = torch.cat(kept).numpy() if len(kept) == micro_batches else None
-            first = context * stretch + (tensor * output.shape[1] if output.shape[1] < stretch else 0)
-            out[name if each == 1 else f"{name}, time {time + 1}"] = Seen(output.numpy(), gradient, first)
+            first = tensor * output.shape[1] if output.shape[1] < len(held) else 0
+            tokens = held[first : first + output.shape[1]]
+            out[name if each == 1 else f"{name}, time {time + 1}"] = Seen(output.numpy(), gradient, tokens)
         return out
 
 
@@ -138,6 +139,6 @@ def _apart(name: str, kind: str, expected: Trace, traces: Sequence[Trace]) -> fl
         if seen is None or value is None:
             continue
         rows = [row[sample] for sample in trace.samples[0]]
-        mine = reference[rows, seen.first : seen.first + value.shape[1]]
+        mine = reference[rows][:, seen.tokens]
         worst = max(worst, finite(float(np.abs(value - mine).max()) / scale))
     return worst

@@ -12,6 +12,7 @@ averaged over the global batch, each micro-batch by its share of the sequences, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from castalia.model.collected import Collected, balance_loss, expert_counts, rou
 from castalia.model.loss import IGNORED, LossSums
 from castalia.model.mtp import shifted
 
+Spread = Callable[[Tensor], Tensor] | None
+
 
 class Auxiliary:
     """The auxiliary terms of one step: `add` for each micro-batch, then `reduce`, then `aux` and `experts`.
@@ -29,10 +32,12 @@ class Auxiliary:
         loss: their coefficients.
         model: what is trained.
         scale: of the loss, so also of what is added to it (fp16).
+        spread: sums a tensor over the ranks that share the sequences; None: they are whole.
     """
 
-    def __init__(self, loss: LossConfig, model: ModelConfig, scale: float = 1.0) -> None:
+    def __init__(self, loss: LossConfig, model: ModelConfig, scale: float = 1.0, spread: Spread = None) -> None:
         self._loss, self._model, self._scale = loss, model, scale
+        self._spread = spread
         # Tensors on the device until `reduce`, so that no micro-batch waits for the one before.
         self._noted: dict[str, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
@@ -62,15 +67,8 @@ class Auxiliary:
         total = sums.scaled
         if self._loss.z_loss > 0:
             self._note("z_loss", sums.z_squares)
-        layers = len(collected.routing)
-        for layer, routing in collected.routing.items():
-            balance = balance_loss(routing, self._loss.moe_balance_scope)
-            z = router_z_loss(routing)
-            terms = self._loss.moe_balance * balance + self._loss.moe_z_loss * z
-            total = total + self._scale * share * terms
-            self._note("moe_balance", share / layers * balance.detach())
-            self._note("moe_z_loss", share / layers * z.detach())
-            self._counts[layer] = self._counts.get(layer, 0) + expert_counts(routing)
+        if collected.routing:
+            total = total + self.routed(collected, share, len(collected.routing))
         for number, hidden in enumerate(collected.ahead):
             further = shifted(labels, number + 1, IGNORED)
             if doc_ids is not None:
@@ -80,6 +78,35 @@ class Auxiliary:
             self._note(f"mtp_loss_{number + 2}", losses.nll)
             self._note(f"mtp_tokens_{number + 2}", (further != IGNORED).sum())
         return total
+
+    def routed(self, collected: Collected, share: float, layers: int) -> Tensor:
+        """The scaled terms of the layers with experts alone.
+
+        Args:
+            collected: by the forward pass of some of these layers.
+            share: as for `add`; over the ranks that share the sequences it is divided too.
+            layers: how many there are in all.
+        """
+        total: Tensor | float = 0.0
+        for layer, routing in collected.routing.items():
+            balance = balance_loss(routing, self._loss.moe_balance_scope, self._spread)
+            z = router_z_loss(routing)
+            terms = self._loss.moe_balance * balance + self._loss.moe_z_loss * z
+            total = total + self._scale * share * terms
+            self._note("moe_balance", share / layers * balance.detach())
+            self._note("moe_z_loss", share / layers * z.detach())
+            self._counts[layer] = self._counts.get(layer, 0) + expert_counts(routing)
+        return cast(Tensor, total)
+
+    def gather(self, parts: Sequence[Auxiliary], layers: Sequence[int], device: torch.device) -> None:
+        """Take over what was noted of some micro-batches by a pipeline's stages, whose other layers count 0 here."""
+        for name in ("moe_balance", "moe_z_loss"):
+            found = [part._noted[name] for part in parts if name in part._noted]
+            self._noted[name] = sum(found, torch.zeros((), device=device))
+        for layer in layers:
+            counts = [part._counts[layer] for part in parts if layer in part._counts]
+            none = torch.zeros(self._model.moe_num_experts, dtype=torch.int64, device=device)
+            self._counts[layer] = sum(counts, none)
 
     def reduce(self, total: Callable[[list[float]], Sequence[float]]) -> None:
         """Make sums over the global batch of sums over this rank's micro-batches.

@@ -25,7 +25,8 @@ from castalia.model.moe import MoE
 from castalia.model.registry import LOSSES, look_up
 from castalia.model.transformer import Transformer
 from castalia.optim import WeightStore
-from castalia.parallel.context import stretch
+from castalia.parallel.context import rows_held, stretch
+from castalia.parallel.experts import rebalance
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh, local_mesh
 from castalia.train.auxiliary import Auxiliary
 
@@ -90,6 +91,11 @@ def small_part(store: WeightStore, mesh: Mesh, tokens: int, factor: float) -> tu
     return squares / data, seen / data
 
 
+def total_of_sequences(mesh: Mesh) -> Callable[[Tensor], Tensor] | None:
+    """Sums a tensor over the ranks that share sequences; None where each has whole ones."""
+    return None if mesh.layout.context == 1 else lambda value: mesh.sum_tensor(value.contiguous(), "context")
+
+
 class LocalEngine:
     """Every layout but a pipeline: each rank runs the whole model, or its part of every layer.
 
@@ -147,8 +153,8 @@ class LocalEngine:
         tokens = 0
         all_micro_batches = len(micro_batches) * self.mesh.layout.data
         small: tuple[float, float] | None = None
-        auxiliary = Auxiliary(self.loss, self.model.cfg, self.loss_scale)
-        all_rows = sum(len(batch.tokens) for batch in micro_batches) * self.mesh.layout.data
+        auxiliary = Auxiliary(self.loss, self.model.cfg, self.loss_scale, total_of_sequences(self.mesh))
+        all_rows = sum(len(batch.tokens) for batch in micro_batches) * self.mesh.layout.data * self.mesh.layout.context
         for number, batch in enumerate(micro_batches):
             self.store.prepare(number == 0, number == len(micro_batches) - 1)
             batch = stretch(batch, self.mesh)
@@ -180,7 +186,7 @@ class LocalEngine:
             # A layer that is executed several times has one router.
             layers[moe] = layers.get(moe, 0) + torch.tensor(counts, device=self.device)
         for moe, used in layers.items():
-            moe.router.rebalance(used)
+            rebalance(moe.router, used)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
@@ -200,8 +206,8 @@ class LocalEngine:
             return None
         if batch.sample_ids is None:
             raise ValueError("dropout depends on the numbers of the samples, and this batch does not carry them")
-        first = self.mesh.index("context") * batch.tokens.shape[1]
-        return DropoutKey(self.seed, step, batch.sample_ids.to(self.device), first)
+        rows = rows_held(batch.tokens.shape[1] * self.mesh.layout.context, self.mesh)
+        return DropoutKey(self.seed, step, batch.sample_ids.to(self.device), rows)
 
     def _loss(
         self, batch: Batch, scale: float, dropout: DropoutKey | None = None, collects: bool = False

@@ -18,13 +18,16 @@ from torch.func import functional_call
 
 from castalia.config import Config
 from castalia.data.loader import Batch
+from castalia.model.collected import Collected
 from castalia.model.loss import VocabularyShard
 from castalia.model.registry import LOSSES, look_up
 from castalia.optim import WeightStore
-from castalia.parallel.context import stretch
+from castalia.parallel.context import rows_held, stretch
+from castalia.parallel.experts import rebalance
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.stages import Part, Stage, make_schedule
-from castalia.train.engine import StepStats, small_part
+from castalia.train.auxiliary import Auxiliary
+from castalia.train.engine import StepStats, small_part, total_of_sequences
 
 SUMMED = ("pipeline", "replicate", "shard", "context")
 
@@ -46,7 +49,10 @@ class PipelineEngine:
         self.part, self.store, self.config, self.mesh, self.vocabulary = part, store, config, mesh, vocabulary
         self.loss_sums = look_up(LOSSES, config.loss.function, "loss.function")
         model = config.model
-        self._drops = model.hidden_dropout > 0 or model.attention_dropout > 0
+        self._drops = model.hidden_dropout > 0 or model.attention_dropout > 0 or model.moe_jitter > 0
+        self._expert_layers = [layer for layer in range(model.num_layers) if model.has_experts(layer)]
+        self._noted: dict[int, list[Auxiliary]] = {}
+        self._experts: dict[int, list[int]] = {}
         part.seed = config.training.seed
         self._stages = [Stage(part, number, self._run) for number in part.mine]
         self._schedules: dict[tuple[int, ...], Any] = {}
@@ -61,6 +67,8 @@ class PipelineEngine:
         self._scale = self.loss_scale / max(global_tokens, 1)
         self._micro_batches = len(micro_batches) * self.mesh.layout.data
         self.store.prepare(True, True)
+        self._noted.clear()
+        self.part.routed = self._routed if self._expert_layers else None
         seen = self._through(micro_batches, train=True)
         self.store.collect()
         small = None
@@ -71,12 +79,19 @@ class PipelineEngine:
         self.store.reduce()
         nll, mean, count = self.mesh.sum(seen, *SUMMED)
         loss = nll / max(count, 1) if self._by_tokens else mean / self._micro_batches
-        return StepStats(nll, int(count), loss, small=small)
+        auxiliary = self._auxiliary()
+        if self._expert_layers:
+            # A new schedule first learns the shapes from a pass that does not count.
+            counted = [part for noted in self._noted.values() for part in noted[-len(micro_batches) :]]
+            auxiliary.gather(counted, self._expert_layers, self.mesh.device)
+        auxiliary.reduce(lambda values: self.mesh.sum(values, *SUMMED))
+        self._experts = auxiliary.experts
+        return StepStats(nll, int(count), loss, auxiliary.aux(int(count)), auxiliary.experts, small)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch]) -> StepStats:
         """See Engine; micro-batches go through in groups as large as a training step's."""
-        self.part.drops, self._scale = False, 1.0
+        self.part.drops, self.part.routed, self._scale = False, None, 1.0
         config, nll, tokens = self.config, 0.0, 0.0
         size = config.training.batch_size // (config.micro_batch_size * self.mesh.layout.data)
         group: list[Batch] = []
@@ -90,7 +105,11 @@ class PipelineEngine:
         return StepStats(nll, int(tokens), nll / max(tokens, 1))
 
     def updated(self) -> None:
-        """Nothing follows."""
+        """See Engine: the biases of the routers that are held here move."""
+        held = {layer for stage in self.part.mine for layer in self.part.stages[stage]}
+        for layer, counts in self._experts.items():
+            if layer in held:
+                rebalance(self.part.experts_of(layer).router, torch.tensor(counts, device=self.mesh.device))
 
     def _through(self, micro_batches: Sequence[Batch], train: bool) -> list[float]:
         """Run micro-batches; sums of losses, of their means and of valid tokens on the last stage, zeros elsewhere."""
@@ -99,13 +118,15 @@ class PipelineEngine:
         tokens, labels, positions = (
             torch.cat([getattr(b, name) for b in held]).to(device) for name in ("tokens", "labels", "positions")
         )
-        if any(b.sample_ids is None or b.doc_ids is not None for b in held):
-            raise ValueError("a pipeline needs numbered samples, and documents that are not kept apart")
+        if any(b.sample_ids is None for b in held):
+            raise ValueError("a pipeline needs numbered samples")
         ids = torch.cat([b.sample_ids for b in held if b.sample_ids is not None]).to(device)
-        self.part.first_row = self.mesh.index("context") * tokens.shape[1]
+        self.part.rows = rows_held(tokens.shape[1] * self.mesh.layout.context, self.mesh)
         schedule = self._schedule(len(held), tuple(tokens.shape))
         self._seen.clear()
         given: dict[str, Any] = {"positions": positions, "sample_ids": ids}
+        if held[0].doc_ids is not None:
+            given["doc_ids"] = torch.cat([b.doc_ids for b in held if b.doc_ids is not None]).to(device)
         last = len(self.part.stages) - 1 in self.part.mine
         if last:
             given |= {"target": labels, "losses": [], "return_outputs": False}
@@ -115,9 +136,19 @@ class PipelineEngine:
         seen = [(nll.item(), valid.item()) for nll, valid in self._seen[-len(held) :]] if last else []
         return [sum(n for n, _ in seen), sum(n / max(v, 1) for n, v in seen), sum(v for _, v in seen)]
 
-    def _run(self, number: int, x: Tensor, positions: Tensor, sample_ids: Tensor) -> Tensor:
-        out: Tensor = functional_call(self.part, self.store.working(), (number, x, positions, sample_ids))
+    def _run(self, number: int, *given: Tensor | None) -> Tensor:
+        out: Tensor = functional_call(self.part, self.store.working(), (number, *given))
         return out
+
+    def _routed(self, stage: int, collected: Collected) -> Tensor:
+        """The losses of a stage's experts for one micro-batch; noted for the record."""
+        auxiliary = self._auxiliary()
+        self._noted.setdefault(stage, []).append(auxiliary)
+        share = 1 / (self._micro_batches * self.mesh.layout.context)
+        return auxiliary.routed(collected, share, len(self._expert_layers))
+
+    def _auxiliary(self) -> Auxiliary:
+        return Auxiliary(self.config.loss, self.config.model, self.loss_scale, total_of_sequences(self.mesh))
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of one micro-batch in the last stage."""
