@@ -5,8 +5,9 @@
         sequential: mp_rank_RR_model_states.pt      (all layers, `sequential.I.NAME`)
         pipeline:   layer_II-model_RR-model_states.pt  and mp_rank files without weights
 
-Memory is bounded by the largest layer: weights go to scratch files, from which torch.save copies. The
-folder gets its name after what was written has been read again and is what it was made from.
+Per layer, memory is bounded by the largest one. The weights of a sequential file wait in scratch files until
+it can be written. The folder gets its name after what was written has been read again and is what it was
+made from.
 """
 
 from __future__ import annotations
