@@ -63,7 +63,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, int8: bool = False, links: Links | None = None) -> None:
         self.cfg, self.links = model.cfg, links
-        weight = model.head_weight if links is None or links.last else next(iter(model.layers.parameters()))
+        weight = next(p for p in model.layers.parameters() if p.ndim >= 2)
         # Custom blocks and cores may ask a cache for one length of all rows, as gated MLPs and soft prompts do.
         self.uneven = (
             self.cfg.block == "transformer"

@@ -46,24 +46,30 @@ def load_run(
         UserError: there is no run, no whole checkpoint or no tokenizer, or they do not fit together.
     """
     path = Path(run_dir)
-    config, checkpoint = _opened(path, step)
+    config, checkpoint = open_run(path, step)
     for reason in checkpoint.skipped:
         warnings.warn(f"a newer checkpoint was passed over: {reason}", stacklevel=2)
-    tokenizer = _tokenizer(path, checkpoint.state.get("tokenizer"))
+    tokenizer = run_tokenizer(path, checkpoint.state.get("tokenizer"))
     longest = {"max_position_embeddings": config.max_positions}
     with torch.device("meta"):
         model = Transformer(config.model.model_copy(update=longest))
     model.to_empty(device=device)
     load_checkpoint(checkpoint.path, {f"model.{k}": v for k, v in model.state_dict().items()}, only="model.")
-    # As in training: matrices of products take the dtype, tables that are only looked up stay fp32.
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {id(model.head_weight)}
-    for parameter in model.parameters():
-        if parameter.dim() >= 2 and id(parameter) not in looked_up:
-            parameter.data = parameter.data.to(dtype)
+    cast_matrices(model, dtype)
     return model.eval(), tokenizer
 
 
-def _opened(path: Path, step: int | None) -> tuple[Config, Checkpoint]:
+def cast_matrices(model: Transformer, dtype: torch.dtype, has_head: bool = True) -> None:
+    """As in training: matrices of products take the dtype, tables that are only looked up stay fp32."""
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    if has_head:
+        looked_up.discard(id(model.head_weight))
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and id(parameter) not in looked_up:
+            parameter.data = parameter.data.to(dtype)
+
+
+def open_run(path: Path, step: int | None) -> tuple[Config, Checkpoint]:
     """The configuration, and the checkpoint to read."""
     if (path / MANIFEST).is_file():
         problems = verify_checkpoint(path)
@@ -81,7 +87,7 @@ def _opened(path: Path, step: int | None) -> tuple[Config, Checkpoint]:
     return load([path / "config.yaml"]), checkpoint
 
 
-def _tokenizer(run: Path, trained_with: dict[str, Any] | None) -> Tokenizer:
+def run_tokenizer(run: Path, trained_with: dict[str, Any] | None) -> Tokenizer:
     """The tokenizer kept in the run, held against the identity that the checkpoint remembers."""
     file = run / "tokenizer.json"
     if file.is_file():

@@ -3,8 +3,10 @@
     text_gen_type unconditional     num_samples empty prompts        -> sample_output_file, if given
                   input-file        prompts split at prompt_end      -> sample_output_file or INPUT.output.jsonl
                   interactive       prompts read from the terminal   -> the terminal
+                  precompute        documents of the data sets       -> PATH_NAME.bin, .idx of log-probabilities
 
-A record is one JSON object on a line: context, text, length, finished, message, duration_seconds.
+A record is one JSON object on a line: context, text, length, finished, message, duration_seconds, and with
+return_logits the logits that each token was chosen from.
 """
 
 from __future__ import annotations
@@ -45,15 +47,18 @@ def generate_as_gptneox(folder: str, given: Given) -> Iterator[str]:
     values = {key: _number(given, key, default) for key, default in DEFAULTS.items()}
     source = given.values.get("sample_input_file")
     kind = given.values.get("text_gen_type") or ("input-file" if source else "unconditional")
-    if kind not in ("unconditional", "input-file", "interactive"):
-        given.fail("text_gen_type", f"is {str(kind)!r}: use unconditional, input-file or interactive")
-    if given.values.get("return_logits"):
-        given.fail("return_logits", "asks for logits beside the text, which is not implemented yet: remove it")
+    if kind not in ("unconditional", "input-file", "interactive", "precompute"):
+        given.fail("text_gen_type", f"is {str(kind)!r}: use unconditional, input-file, interactive or precompute")
+    values["return_logits"] = bool(given.values.get("return_logits"))
     if kind == "input-file" and not source:
         raise UserError("text_gen_type input-file needs 'sample_input_file', a file of prompts: add it")
     if source and kind != "input-file":
         print(f"castalia: sample_input_file {source} is not read, since text_gen_type is {kind}", file=sys.stderr)
-    prompts = _read(str(source), values["prompt_end"]) if kind == "input-file" else [""] * values["num_samples"]
+    prompts = (
+        read_prompts("sample_input_file", str(source), values["prompt_end"])
+        if kind == "input-file"
+        else [""] * values["num_samples"]
+    )
 
     from castalia.generate.load import load_run
 
@@ -61,6 +66,9 @@ def generate_as_gptneox(folder: str, given: Given) -> Iterator[str]:
     if step is not None and not isinstance(step, int):
         given.fail("iteration", f"must be a whole number, got {step!r}")
     model = load_run(folder, step=step)
+    if kind == "precompute":
+        yield from _precompute(model[0], given, Path(folder).name)
+        return
     if kind == "interactive":
         yield from _interactive(model, values)
         return
@@ -85,15 +93,16 @@ def _number(given: Given, key: str, default: Any) -> Any:
     return value
 
 
-def _read(path: str, end: str) -> list[str]:
+def read_prompts(name: str, path: str, end: str) -> list[str]:
+    """The prompts of a file, stripped; `name` is the setting that named it."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"sample_input_file: {path} cannot be read as text: {error}") from None
+        raise UserError(f"{name}: {path} cannot be read as text: {error}") from None
     prompts = [part.strip() for part in text.split(end or "\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise UserError(f"sample_input_file: {path} has no prompts")
+        raise UserError(f"{name}: {path} has no prompts")
     return prompts
 
 
@@ -115,9 +124,11 @@ def _records(model: tuple[Any, Any], prompts: list[str], values: dict[str, Any])
             top_p=values["top_p"] or None,
             # A prompt's own numbers: the same prompt twice gives two samples.
             seed=values["seed"] + number,
+            keep_logits=values["return_logits"],
         )
         finished = result.finish_reason == "stop"
         length = len(result.tokens) - finished
+        logits = {} if result.logits is None else {"logits": result.logits.tolist()}
         yield {
             "context": prompt,
             "text": result.text if length else None,
@@ -125,6 +136,7 @@ def _records(model: tuple[Any, Any], prompts: list[str], values: dict[str, Any])
             "finished": finished,
             "message": None if length else _NOT_STARTED,
             "duration_seconds": time.perf_counter() - began,
+            **logits,
         }
 
 
@@ -144,3 +156,25 @@ def _interactive(model: tuple[Any, Any], values: dict[str, Any]) -> Iterator[str
         (record,) = _records(model, ["\n".join(lines)], values | {"seed": values["seed"] + number})
         number += 1
         yield f"Generated Text: {record['text'] or ''}"
+
+
+def _precompute(model: Any, given: Given, run_name: str) -> Iterator[str]:
+    """A data set of log-probabilities beside each that the settings name; what is there already stays."""
+    from castalia.data.store import is_finished
+    from castalia.tools.logprobs import write_logprobs
+
+    paths: list[str] = []
+    for key in ("train_data_paths", "valid_data_paths", "test_data_paths"):
+        value = given.values.get(key) or []
+        paths += [value] if isinstance(value, str) else list(value)
+    if not paths:
+        raise UserError("text_gen_type precompute needs train_data_paths, valid_data_paths or test_data_paths: add one")
+    name = given.values.get("precompute_model_name") or run_name
+    length = given.values.get("seq_length") or model.cfg.max_position_embeddings
+    for path in dict.fromkeys(paths):
+        target = f"{path}_{name}"
+        if is_finished(target):
+            yield f"{target} is there already"
+            continue
+        number = write_logprobs(model, path, target, int(length), padded=True)
+        yield f"log-probabilities of {number} documents: {target}"
