@@ -26,10 +26,12 @@ class Later(Piece):
         shape: it has this, or the writing fails.
         make: the tensor, which becomes fp32.
         name: for messages.
+        last: the tensor made before, of all that are written together. torch's writer keeps every tensor that it
+            has written until the file is closed, so its memory is given back here.
     """
 
-    def __init__(self, shape: Sequence[int], make: Callable[[], Tensor], name: str) -> None:
-        self._make, self._name, self._planned = make, name, False
+    def __init__(self, shape: Sequence[int], make: Callable[[], Tensor], name: str, last: list[Tensor]) -> None:
+        self._make, self._name, self._last, self._planned = make, name, last, False
         self.shape, self.offset = torch.Size(shape), torch.Size([0] * len(shape))
 
     @property
@@ -37,7 +39,10 @@ class Later(Piece):
         """The tensor; while the writing is planned only its shape."""
         if not self._planned:
             return torch.empty(self.shape, device="meta")
-        tensor = self._make().float()
+        while self._last:
+            self._last.pop().untyped_storage().resize_(0)
+        tensor = self._make().to(torch.float32, copy=True)
+        self._last.append(tensor)
         if tensor.shape != self.shape:
             raise UserError(
                 f"{self._name}: is {list(tensor.shape)} there and {list(self.shape)} by the configuration: "
@@ -66,10 +71,11 @@ def ours_later(
         shapes: of ours.
         what: names the tensors in messages.
     """
+    last: list[Tensor] = []
 
     def later(row: Row) -> Later:
         (name,) = row.ours
-        return Later(shapes[name], lambda: row_to_ours(row, source, what)[name], name)
+        return Later(shapes[name], lambda: row_to_ours(row, source, what)[name], name, last)
 
     return {row.ours[0]: later(row) for row in rows}
 

@@ -30,7 +30,7 @@ from castalia.convert.huggingface_files import write_folder
 from castalia.convert.huggingface_stream import theirs_later
 from castalia.convert.table import check_names
 from castalia.errors import CheckFailed, UserError
-from castalia.generate.load import _opened, _tokenizer, load_run
+from castalia.generate.load import load_run, open_run, run_tokenizer
 from castalia.tools.export_card import model_card
 from castalia.tools.export_tokenizer import write_tokenizer
 
@@ -73,9 +73,9 @@ def export_run(
         raise UserError("the export is checked against transformers: pip install 'castalia[export]', or say --no-check")
     say = say or (lambda doing: None)
     say("loading the run")
-    config, checkpoint = _opened(run_dir, step)
+    config, checkpoint = open_run(run_dir, step)
     state = checkpoint.state
-    tokenizer = _tokenizer(run_dir, state.get("tokenizer"))
+    tokenizer = run_tokenizer(run_dir, state.get("tokenizer"))
     model = config.model.model_copy(update={"max_position_embeddings": config.max_positions})
     settings = huggingface_config(model, eod=tokenizer.eod, dtype=dtype)
     held = {n.removeprefix("model."): s for n, s in tensor_shapes(checkpoint.path).items() if n.startswith("model.")}
