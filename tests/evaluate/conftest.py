@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -33,3 +35,28 @@ def subject(model: Transformer) -> Subject:
     tokenizer = ByteTokenizer()
     assert tokenizer.eod is not None
     return Subject("tiny", model, tokenizer, LENGTH, tokenizer.eod)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of 12 steps over few sentences, with a checkpoint at each fourth."""
+    from castalia.cli import main
+    from castalia.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    draw = random.Random(0)
+    words = "the cat sat on a mat and saw that it was not a hat".split()
+    (folder / "texts").mkdir()
+    for i in range(30):
+        (folder / "texts" / f"{i:02d}.txt").write_text(" ".join(draw.choice(words) for _ in range(60)))
+    prepare([folder / "texts"], folder / "tokens", ByteTokenizer())
+    settings = {
+        "data.path": folder / "tokens", "data.split": "90,10,0", "data.seq_length": 48, "model.num_layers": 1,
+        "model.hidden_size": 32, "model.num_attention_heads": 2, "training.steps": 12, "training.batch_size": 8,
+        "checkpoint.interval": 4, "checkpoint.keep_last": "null", "evaluation.interval": "null", "optimizer.lr": 0.01,
+        "evaluation.at_end": "false", "performance.peak_flops": "1.0e11", "performance.threads": 1,
+        "output": folder / "run",
+    }  # fmt: skip
+    argv = [f"{key}={value}" for key, value in settings.items()]
+    assert main(["train", *argv, "--quiet", "--no-report"]) == 0
+    return folder / "run"

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -225,84 +225,117 @@ def make_adapter(subject: Subject, batch_size: int, progress: Progress | None = 
     return Castalia()
 
 
+class FoundTasks(NamedTuple):
+    """Tasks that exist: their names, or .yaml files, and the harness's manager that loads them."""
+
+    names: list[str]
+    manager: Any
+
+
+def find_tasks(
+    tasks: Sequence[str], include_path: str | None = None, offline: bool = False, own_only: bool = False
+) -> FoundTasks:
+    """Look tasks of the harness up.
+
+    Args:
+        tasks: names, groups or patterns, such as `hellaswag`, `mmlu` or `arc_*`; or a task's .yaml file.
+        include_path: folder of further task files; where it has all of them, the harness's are not looked through.
+        offline: data sets are read from files and the cache alone, from now on in this process.
+        own_only: look nowhere else.
+
+    Raises:
+        UserError: the harness is not installed, or a task is not known.
+    """
+    need_harness()
+    if offline:
+        # Read when `datasets` is first imported, which is below.
+        os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
+    from lm_eval.tasks import TaskManager
+
+    files = all(_is_file(name) for name in tasks)
+    for defaults in (False,) if own_only else (False, True):
+        if not defaults and include_path is None and not files:
+            continue
+        manager = TaskManager(include_path=include_path, include_defaults=defaults)
+        matched = [[name] if _is_file(name) else manager.match_tasks([name]) for name in tasks]
+        if all(matched):
+            return FoundTasks(list(dict.fromkeys(name for names in matched for name in names)), manager)
+    missing = next(name for name, names in zip(tasks, matched, strict=True) if not names)
+    near = get_close_matches(missing, manager.all_tasks, 3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise UserError(f"{missing}: there is no such task; {hint}--include-path names a folder of your own task files")
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
+
+
 def run_tasks(
     subject: Subject,
-    tasks: Sequence[str],
+    tasks: FoundTasks,
     few_shot: int | None = None,
     limit: float | None = None,
-    include_path: str | None = None,
     batch_size: int = 8,
     bootstrap: int = 100_000,
-    offline: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate on tasks of the harness.
 
     Args:
         subject: the model.
-        tasks: names, groups or patterns, such as `hellaswag`, `mmlu` or `arc_*`; or a task's .yaml file.
+        tasks: see `find_tasks`.
         few_shot: examples in front of each question; None: as the task says.
         limit: documents of each task, at most; below 1 a share of them.
-        include_path: folder of further task files.
         batch_size: rows of a forward pass.
         bootstrap: resamples for standard errors that have no formula; 0: no standard errors.
-        offline: data sets are read from files and the cache alone.
         progress: called with (requests done, all of them), for each kind of request.
 
     Returns:
-        What the harness's `simple_evaluate` returns, `samples` included.
+        What the harness's `simple_evaluate` returns, `samples` included; the same on each process of a team.
 
     Raises:
-        UserError: the harness is not installed, a task is not known, or its data cannot be had.
+        UserError: a task's data cannot be had.
     """
-    need_harness()
-    if offline:
-        # Read when `datasets` is first imported, which is below.
-        os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path)
-    names: list[str] = []
-    for name in tasks:
-        matched = [name] if Path(name).suffix in (".yaml", ".yml") else manager.match_tasks([name])
-        if not matched:
-            near = get_close_matches(name, manager.all_tasks, 3)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
-            raise UserError(f"--tasks {name}: no such task; {hint}--include-path names a folder of your own task files")
-        names += [m for m in matched if m not in names]
-    with _generator_state(), inference(subject.model):
+    with _own_state(), inference(subject.model):
         try:
             found: dict[str, Any] = simple_evaluate(
                 model=make_adapter(subject, batch_size, progress),
-                tasks=list(names),
+                tasks=list(tasks.names),
                 num_fewshot=few_shot,
                 batch_size=batch_size,
                 device=str(subject.model.head_weight.device),
                 limit=limit,
                 bootstrap_iters=bootstrap,
-                task_manager=manager,
+                task_manager=tasks.manager,
             )
         except (ConnectionError, FileNotFoundError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"the data of {', '.join(names)} cannot be had ({first}): fetch it where there is a network, or name "
-                "task files that read local data with --include-path"
+                f"the data of {', '.join(tasks.names)} cannot be had ({first}): fetch it where there is a network, or "
+                "name task files that read local data with --include-path"
             ) from error
     return found
 
 
 @contextmanager
-def _generator_state() -> Iterator[None]:
-    """The harness seeds Python's, numpy's and torch's global generators; training goes on as if it had not."""
+def _own_state() -> Iterator[None]:
+    """What the harness changes or looks at in the process, put back afterwards.
+
+    It seeds Python's, numpy's and torch's global generators, and gives results to the process of LOCAL_RANK 0 alone.
+    """
     import random
 
     import numpy as np
 
     python, numpy_, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    rank = os.environ.pop("LOCAL_RANK", None)
     try:
         yield
     finally:
+        if rank is not None:
+            os.environ["LOCAL_RANK"] = rank
         random.setstate(python)
         np.random.set_state(numpy_)
         torch.set_rng_state(torch_)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from castalia.parallel.layout import Layout
-from castalia.parallel.mesh import AXES, Mesh
+from castalia.parallel.layout import AXES, Layout
+from castalia.parallel.mesh import Mesh
 from castalia.parallel.world import World
 
 
@@ -19,12 +19,17 @@ class Ranks:
     """All processes of a job, as `castalia.evaluate.subject.Team` wants them.
 
     Args:
-        world: this process, joined to the others.
+        mesh: in which every process has the whole model.
     """
 
-    def __init__(self, world: World) -> None:
-        self.rank, self.size = world.rank, world.size
-        self._mesh = Mesh(Layout(replicate=world.size), world)
+    def __init__(self, mesh: Mesh) -> None:
+        self.rank, self.size = mesh.world.rank, mesh.world.size
+        self._mesh = mesh
+
+    @classmethod
+    def of(cls, world: World) -> Ranks:
+        """The processes of a job that have nothing else to do."""
+        return cls(Mesh(Layout(replicate=world.size), world))
 
     def total(self, values: Tensor) -> Tensor:
         """The elementwise sum over all processes, on the CPU."""
