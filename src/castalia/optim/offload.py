@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from castalia.config import Config
 from castalia.optim.optimizers import Rule
-from castalia.optim.weights import PlainStore, WeightStore, make_store
+from castalia.optim.weights import PlainStore, WeightStore, make_store, working_dtype
 
 HOST = torch.device("cpu")
-_WORKING = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def offloads(config: Config, device: torch.device) -> bool:
@@ -46,7 +45,7 @@ def store_of(model: nn.Module, config: Config, arena: bool) -> WeightStore:
     """
     precision = config.training.precision
     if offloads(config, next(model.parameters()).device):
-        return HostStore(model, config.optimizer, _WORKING.get(precision))
+        return HostStore(model, config.optimizer, working_dtype(precision))
     return make_store(model, config.optimizer, precision, arena)
 
 
