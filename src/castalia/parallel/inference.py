@@ -1,4 +1,4 @@
-"""A checkpoint -> one rank's part of its model, and what joins the parts when they generate.
+"""A configuration -> one rank's part of its model, and what joins the parts when they generate.
 
     tensor     each rank: some heads, some inner columns, some rows of the output matrix; logits are gathered
     pipeline   embedding ─x─> ... ─x─> output matrix ─logits─> all ranks
@@ -10,13 +10,11 @@ tokens and no choice has to be sent around.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from castalia.checkpoint import Piece, load_checkpoint
 from castalia.config import Config
 from castalia.model import Transformer
 from castalia.parallel.mesh import Mesh
@@ -66,13 +64,19 @@ class RankLinks:
         return whole
 
 
-def load_part(config: Config, mesh: Mesh, checkpoint: Path) -> tuple[Transformer, RankLinks]:
-    """This rank's part of a checkpoint's model, fp32, in evaluation mode.
+Held = dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]
+
+
+def make_part(config: Config, mesh: Mesh) -> tuple[Transformer, RankLinks, Held]:
+    """This rank's part of a model, fp32, in evaluation mode, its weights still to be read.
 
     Args:
         config: of the run, complete, with `parallel` as it is to be here: tensor and pipeline alone.
         mesh: of the layout that this describes.
-        checkpoint: its folder, verified.
+
+    Returns:
+        The part, what joins it to the others, and by name of every parameter of the whole model: what is held
+        here (of another stage's nothing), the whole shape, and where the held rectangle begins.
 
     Raises:
         UserError: the model cannot have this layout.
@@ -84,12 +88,11 @@ def load_part(config: Config, mesh: Mesh, checkpoint: Path) -> tuple[Transformer
     model, places = wrap(whole, config, mesh)
     model.to_empty(device=mesh.device)
     held = dict(model.named_parameters())
-    tensors = {f"model.{n}": Piece(p.detach(), places[n].shape, places[n].offset) for n, p in held.items()}
+    tensors = {n: (p.detach(), places[n].shape, places[n].offset) for n, p in held.items()}
     for name, shape in shapes.items():
-        if name not in held:  # another stage's: nothing of it is read
-            tensors[f"model.{name}"] = Piece(torch.empty(0, *shape[1:]), shape, (0,) * len(shape))
-    load_checkpoint(checkpoint, tensors, only="model.")
+        if name not in held:
+            tensors[name] = (torch.empty(0, *shape[1:]), shape, (0,) * len(shape))
     layers: Sequence[int] = range(config.model.num_layers)
     if mesh.layout.pipeline > 1:
         layers = model.stages[mesh.index("pipeline")]  # type: ignore[index,assignment]
-    return model.eval(), RankLinks(mesh, layers, shapes[whole.head_name][0])
+    return model.eval(), RankLinks(mesh, layers, shapes[whole.head_name][0]), tensors

@@ -1,7 +1,7 @@
 """A run, a precision and a layout -> the decoder to generate with.
 
 one process        load_run ──────────────────────────> Decoder
-tensor, pipeline   load_part on each of the ranks ────> Decoder with links
+tensor, pipeline   make_part on each of the ranks ────> Decoder with links
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from castalia.checkpoint import Piece, load_checkpoint
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
@@ -80,9 +81,10 @@ def opened(
                 f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline} is less than {world.size} "
                 "processes, and generation shares out nothing else: start as many as that with --procs"
             )
-        from castalia.parallel.inference import load_part
+        from castalia.parallel.inference import make_part
 
-        part, links = load_part(config, mesh, checkpoint.path)
+        part, links, held = make_part(config, mesh)
+        load_checkpoint(checkpoint.path, {f"model.{n}": Piece(*what) for n, what in held.items()}, only="model.")
         if not int8:
             cast_matrices(part, dtype, links.last)
         yield Decoder(part, int8, links), tokenizer
