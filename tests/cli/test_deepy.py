@@ -154,7 +154,7 @@ def test_interactive_generation(folder, capsys, monkeypatch) -> None:
         (["train.py", "configs/model", "--autotuning", "run"], "'autotuning_run' ('run') asks for"),
         (
             ["eval.py", "configs/model", "--eval_tasks", "piqa"],
-            "evaluating tasks (piqa) is not implemented yet: `castalia evaluate",
+            "eval.py needs 'load', the run to evaluate",
         ),
         (["generate.py", "configs/model"], "generate.py needs 'load'"),
         (["generate.py", "-d", "configs", "model", "paths", "odd"], "'top_k' is -1: give a number from 0 on"),
@@ -175,3 +175,16 @@ def test_what_goes_wrong_is_said_in_one_sentence(folder, capsys, argv, message) 
 
 def test_options_are_not_abbreviated(folder, capsys) -> None:
     assert main(["deepy", "train.py", "configs/model", "--wandb_g", "x"]) == 2
+
+
+def test_eval_is_the_verb_with_its_settings(folder, monkeypatch) -> None:
+    called = []
+    monkeypatch.setattr("castalia.cli.main", lambda argv: called.append(argv) or 0)
+    from castalia.cli.deepy import _evaluate
+
+    files = ["configs/model.yml", "configs/paths.yml"]
+    assert _evaluate(files, ['eval_tasks=["piqa", "arc_*"]', 'eval_results_prefix="p"', "iteration=3"]) == 0
+    (argv,) = called
+    assert argv[:5] == ["evaluate", "ckpt", "--tasks", "piqa", "arc_*"]
+    assert argv[argv.index("--few-shot") + 1] == "0" and argv[argv.index("--step") + 1] == "3"
+    assert argv[argv.index("--output") + 1].startswith("p_eval_results_")

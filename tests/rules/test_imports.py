@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "convert": ("config", "model", "data.tokenizer", "checkpoint"),
     "generate": ("config", "model", "data.tokenizer", "checkpoint"),
     "evaluate": LAYER_3,
-    "train": LAYER_3,
+    "train": (*LAYER_3, "evaluate"),
     "tools": (*LAYER_3, "evaluate", "train"),
     "cli": (*LAYER_3, "evaluate", "train", "tools"),
 }

@@ -2,7 +2,7 @@
 
     deepy.py train.py -d configs 125M local_setup   ->  castalia train configs/125M.yml configs/local_setup.yml
     deepy.py generate.py 125M -i prompts.txt        ->  prompts continued, a JSON line each
-    deepy.py eval.py ...                            ->  refused until tasks can be evaluated
+    deepy.py eval.py 125M --eval_tasks piqa         ->  castalia evaluate RUN --tasks piqa, results in its file
 
 Options become overrides of the same keys, in front of everything that a file says. Where a
 hostfile or a launcher asks for other machines, `castalia launch` starts the run there; what the
@@ -138,15 +138,29 @@ def _launched(files: list[str], overrides: list[str]) -> str | None:
     return "hosts" if launch.launcher in ("ssh", "pdsh") else "mpi"
 
 
+# What GPT-NeoX evaluates where eval_tasks names nothing.
+_DEFAULT_TASKS = ("lambada", "piqa", "hellaswag", "winogrande", "mathqa", "pubmedqa")
+
+
 def _evaluate(files: list[str], overrides: list[str]) -> int:
+    import datetime
+
+    from castalia.cli import main
     from castalia.config.load import read_gptneox
 
     given = read_gptneox(files, overrides)
-    tasks = given.values.get("eval_tasks")
-    raise UserError(
-        f"eval.py: evaluating tasks ({', '.join(map(str, tasks)) if tasks else 'none are named'}) is not implemented "
-        "yet: `castalia evaluate RUN --data PREFIX` scores bits per byte on a data set"
-    )
+    folder = given.values.get("load") or given.values.get("save")
+    if folder is None:
+        raise UserError("eval.py needs 'load', the run to evaluate: add it to a file")
+    tasks = given.values.get("eval_tasks") or _DEFAULT_TASKS
+    prefix = given.values.get("eval_results_prefix")
+    now = datetime.datetime.now().strftime("%m-%d-%Y-%H-%M-%S")
+    name = f"{prefix}_eval_results_{now}.json" if prefix else f"eval_results_{now}.json"
+    argv = ["evaluate", str(folder), "--tasks", *map(str, tasks), "--few-shot", "0", "--output", name]
+    for key, flag in (("iteration", "--step"), ("train_micro_batch_size_per_gpu", "--batch-size")):
+        if given.values.get(key) is not None:
+            argv += [flag, str(given.values[key])]
+    return main(argv)
 
 
 def _generate(files: list[str], overrides: list[str]) -> int:

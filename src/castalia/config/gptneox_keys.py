@@ -200,6 +200,7 @@ TRANSLATED: dict[str, Translated] = {
     "s3_path": _same("text"),
     "s3_chunk_size": _same("int", 104857600),
     "char_level_ppl": _same("bool", False),
+    "eval_tasks": _same("list"),
     "log_interval": _same("int", 100),
     "log_dir": _same("text"),
     "log_grad_norm": _same("bool", False),
@@ -285,7 +286,7 @@ _REPORTED = {
     "generation takes its settings on the command line": """
         text_gen_type temperature top_p top_k return_logits maximum_tokens prompt_end sample_input_file
         sample_output_file num_samples recompute""",
-    "evaluation on tasks takes its settings on the command line": "eval_results_prefix eval_tasks",
+    "castalia deepy eval.py names its file of results so": "eval_results_prefix",
 }
 REPORTED: dict[str, str] = {key: why for why, keys in _REPORTED.items() for key in keys.split()}
 

@@ -49,6 +49,7 @@ RENAMED: dict[str, str] = {
     "log_dir": "logging.log_dir",
     "tensorboard_dir": "logging.tensorboard",
     "char_level_ppl": "evaluation.characters",
+    "eval_tasks": "evaluation.tasks",
 }
 REQUIRED: dict[str, str] = {
     "num_layers": "model.num_layers",

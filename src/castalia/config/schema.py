@@ -290,6 +290,33 @@ class EvaluationConfig(Section):
         False, "go on through the validation set from one validation to the next, as GPT-NeoX does", "cosmetic"
     )
     characters: bool = setting(False, "also count the characters of the text, for char_perplexity", "cosmetic")
+    tasks: list[str] = setting([], "tasks of lm-evaluation-harness to evaluate on while training", "cosmetic")
+    tasks_interval: int | None = setting(
+        None,
+        "steps between these, a multiple of evaluation.interval; null: with each validation",
+        "cosmetic",
+        "steps",
+        ge=1,
+    )
+    tasks_few_shot: int | None = setting(
+        None, "examples in front of each question; null: as the task says", "cosmetic", ge=0
+    )
+    tasks_limit: float | None = setting(None, "documents of each task; below 1 a share; null: all", "cosmetic", gt=0)
+    tasks_path: str | None = setting(None, "folder of task files of one's own", "cosmetic")
+
+    @model_validator(mode="after")
+    def _tasks(self) -> EvaluationConfig:
+        given = [k for k in ("interval", "few_shot", "limit", "path") if getattr(self, f"tasks_{k}") is not None]
+        if given and not self.tasks:
+            raise ValueError(f"evaluation.tasks_{given[0]} is of use with evaluation.tasks alone: give that too")
+        if self.tasks and self.interval is None and not self.at_end:
+            raise ValueError("evaluation.tasks are evaluated at validations: give evaluation.interval or at_end")
+        if self.tasks_interval is not None and (self.interval is None or self.tasks_interval % self.interval):
+            raise ValueError(
+                f"evaluation.tasks_interval {self.tasks_interval} must be a multiple of evaluation.interval "
+                f"{self.interval}, as tasks are evaluated at validations: change one of them"
+            )
+        return self
 
 
 class StartConfig(Section):

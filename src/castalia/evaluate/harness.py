@@ -131,14 +131,14 @@ def _sampling(subject: Subject, options: dict[str, Any]) -> tuple[dict[str, Any]
     if not known.pop("do_sample", temperature > 0):
         temperature = 0.0
     settings = {"max_tokens": int(wanted[0]) if wanted else MAX_GENERATED, "temperature": temperature}
-    for name in ("top_k", "top_p"):
-        if (value := known.pop(name, None)) is not None and temperature > 0:
+    for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+        if (value := known.pop(name, None)) is not None and (temperature > 0 or name == "repetition_penalty"):
             settings[name] = value
     settings["seed"] = int(known.pop("seed", 0))
     if known:
         raise UserError(
             f"generation_kwargs {', '.join(known)} of a task is not supported; there are until, max_gen_toks, "
-            "do_sample, temperature, top_k, top_p, seed"
+            "do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed"
         )
     return settings, [text for text in stops if text]
 
@@ -146,15 +146,11 @@ def _sampling(subject: Subject, options: dict[str, Any]) -> tuple[dict[str, Any]
 def _generate(
     subject: Subject, prompts: list[list[int]], settings: dict[str, Any], stops: list[str], batch_size: int
 ) -> list[str]:
-    from inspect import signature
-
     from castalia.generate.engine import generate
 
-    # What the engine does not stop at is cut off here; the text is the same.
-    early: dict[str, Any] = {"stop": stops} if stops and "stop" in signature(generate).parameters else {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     given = [prompts[i] for i in order]
-    found = generate(subject.model, subject.tokenizer, given, **settings, batch_size=batch_size, **early)
+    found = generate(subject.model, subject.tokenizer, given, **settings, stop=stops, batch_size=batch_size)
     texts = [""] * len(prompts)
     for i, result in zip(order, found, strict=True):
         text = result.text

@@ -107,11 +107,14 @@ def score(
 
 @contextmanager
 def inference(model: Transformer) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode comes back afterwards."""
+    """Evaluation mode without gradients; the model's own mode comes back afterwards.
+
+    Not torch's inference mode: masks that the model keeps must serve training as well.
+    """
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         model.train(training)

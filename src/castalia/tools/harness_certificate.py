@@ -101,27 +101,29 @@ def write_own(folder: Path) -> tuple[Path, Path]:
     """
     from itertools import islice
 
-    from castalia.cli import main
     from castalia.data.corpora import write_corpus
     from castalia.data.prepare import prepare
     from castalia.data.sources import iter_documents
     from castalia.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+    from castalia.tools.export import export_run
+    from castalia.train.run import train
 
     write_corpus(folder / "corpus")
     source, vocabulary = folder / "corpus" / "train.jsonl", folder / "tokenizer.json"
     save_tokenizer(train_bpe((d.text for d in islice(iter_documents([source]), 40)), 1024), vocabulary)
     prepare([source], folder / "tokens", load_tokenizer(vocabulary))
     run, exported = folder / "run", folder / "exported"
-    settings = {
-        "data.path": folder / "tokens", "data.seq_length": 512, "model.num_layers": 2, "model.hidden_size": 64,
-        "model.num_attention_heads": 4, "model.vocab_multiple": 1, "training.steps": 20, "training.batch_size": 4,
-        "training.micro_batch_size": 4, "evaluation.interval": "null", "evaluation.at_end": "false",
-        "performance.peak_flops": "1.0e11", "output": run,
-    }  # fmt: skip
-    if main(["train", *(f"{key}={value}" for key, value in settings.items()), "--quiet", "--no-report"]):
-        raise CheckFailed("the small run could not be trained")
-    if main(["export", str(run), str(exported)]):
-        raise CheckFailed("the small run could not be exported")
+    values = {
+        "data": {"path": str(folder / "tokens"), "seq_length": 512},
+        "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_multiple": 1},
+        "training": {"steps": 20, "batch_size": 4},
+        "evaluation": {"interval": None, "at_end": False},
+        "performance": {"peak_flops": 1e11},
+    }
+    config = folder / "run.yml"
+    config.write_text(json.dumps(values), encoding="utf-8")
+    train(config, f"output={run}", quiet=True)
+    export_run(run, exported)
     return run, exported
 
 

@@ -37,6 +37,9 @@ class Console:
             self.say(f"{step}  {self._train(record)}")
         elif record["kind"] in ("valid", "test"):
             self.say(f"{step}  {self._evaluation(record)}")
+        elif record["kind"] == "tasks":
+            values = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in record.items() if k.startswith("eval/"))
+            self.say(f"{step}  {'  '.join(values)}")
 
     def close(self, failed: bool = False) -> None:
         """Nothing to do."""

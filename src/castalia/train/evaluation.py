@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from castalia.config import Config
 from castalia.data.loader import Batch
 from castalia.data.plan import RunPlan, StepSpec, evaluation_spec
 from castalia.data.tokenizer import Tokenizer
+from castalia.errors import UserError
+from castalia.evaluate.harness import find_tasks, metrics_of, run_tasks
+from castalia.evaluate.subject import Subject
+from castalia.evaluate.team import Ranks
+from castalia.parallel.layout import Layout
 from castalia.train.metrics import Record
 
 if TYPE_CHECKING:
@@ -24,11 +30,64 @@ if TYPE_CHECKING:
 
 
 def evaluate(run: Run, split: str) -> Record | None:
-    """Evaluate on a split, write the record and return it; None if the split has no data.
+    """Evaluate on a split, write the record and return it; None if the split has no data. Tasks go with validations.
 
     Args:
         split: `valid` or `test`.
     """
+    record = _evaluate_split(run, split)
+    cfg = run.config.evaluation
+    every = cfg.tasks_interval
+    if cfg.tasks and split == "valid" and (every is None or run.step % every == 0 or run.step == run.steps):
+        _evaluate_tasks(run)
+    return record
+
+
+def check_tasks(config: Config, layout: Layout, tokenizer: Tokenizer | None) -> None:
+    """Refuse tasks that could not be evaluated, before the run begins.
+
+    Raises:
+        UserError: the harness is not installed, a task is not known, there is no tokenizer, or no process has the
+            whole weights.
+    """
+    cfg = config.evaluation
+    if not cfg.tasks:
+        return
+    if layout.pipeline * layout.tensor * layout.context * layout.expert > 1 or layout.zero:
+        raise UserError(
+            "evaluation.tasks needs the whole model in each process, which parallel.tensor, parallel.pipeline, "
+            "parallel.context, parallel.expert and parallel.zero take away: leave evaluation.tasks out, and evaluate "
+            "the checkpoints with `castalia evaluate RUN --all-checkpoints --tasks ...`"
+        )
+    if tokenizer is None:
+        raise UserError("evaluation.tasks: there is no tokenizer to read them with: name it in tokenizer.path")
+    find_tasks(cfg.tasks, cfg.tasks_path)
+
+
+def _evaluate_tasks(run: Run) -> None:
+    """Evaluate on the tasks and write the record; each process has the whole model and takes its share."""
+    cfg, tokenizer, model = run.config.evaluation, run.tokenizer, run.model
+    assert tokenizer is not None, "check_tasks has asked for one"
+    prefix, length = tokenizer.eod, run.config.data.seq_length
+    if prefix is None:
+        raise UserError("evaluation.tasks: the tokenizer has no end-of-document token to begin from: leave them out")
+    team = Ranks(run.mesh) if run.world.size > 1 else None
+    subject = Subject(run.config.name, model, tokenizer, length, prefix, step=run.step, team=team)
+    run.beat("evaluating tasks")
+    with run.store.averaged():
+        results = run_tasks(
+            subject,
+            find_tasks(cfg.tasks, cfg.tasks_path),
+            cfg.tasks_few_shot,
+            cfg.tasks_limit,
+            run.config.micro_batch_size,
+            bootstrap=0,
+            progress=lambda done, of: run.beat("evaluating tasks"),
+        )
+    run.metrics.write("tasks", run.step, **{f"eval/{name}": value for name, value in metrics_of(results).items()})
+
+
+def _evaluate_split(run: Run, split: str) -> Record | None:
     dataset = run.data.datasets.get(split)
     if dataset is None:
         return None

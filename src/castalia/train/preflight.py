@@ -30,6 +30,7 @@ from castalia.parallel.layout import layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.world import World, enter_world
 from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats, unread_sources
+from castalia.train.evaluation import check_tasks
 from castalia.train.start import check_start
 
 _LAYERS_TRIED = 200
@@ -80,6 +81,7 @@ def prepare_run(config: Config) -> Prepared:
     check_directory(full.run_dir)
     world = enter_world(full.performance.device)
     check_model(full, layout_of(full.parallel, world.size))
+    check_tasks(full, layout_of(full.parallel, world.size), tokenizer)
     if full.training.precision == "fp8" and (problem := missing_float8(world.device)):
         raise UserError(
             f"training.precision fp8: the device {world.device} cannot multiply float8 matrices ({problem}): "

@@ -48,6 +48,8 @@ def scalars(record: Record) -> dict[str, float]:
     if kind in ("valid", "test"):
         chart = {"valid": "validation", "test": "test"}[kind]
         return {f"{chart}/{EVALUATION_NAMES.get(k, k)}": v for k, v in values.items()}
+    if kind == "tasks":
+        return values
     if kind == "norms":
         chosen = {k: NORM_NAMES[k] for k in values}
         return {f"{group}/{n}": factor * v for k, (group, factor) in chosen.items() for n, v in values[k].items()}
