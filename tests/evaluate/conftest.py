@@ -40,6 +40,16 @@ def subject(model: Transformer) -> Subject:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A run of 12 steps over few sentences, with a checkpoint at each fourth."""
+    return trained(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def wide_run(tmp_path_factory):
+    """A run of two layers, so that both can be shared out."""
+    return trained(tmp_path_factory, "model.num_layers=2", "training.steps=2")
+
+
+def trained(tmp_path_factory, *overrides):
     from castalia.cli import main
     from castalia.data.prepare import prepare
 
@@ -57,6 +67,7 @@ def run(tmp_path_factory):
         "evaluation.at_end": "false", "performance.peak_flops": "1.0e11", "performance.threads": 1,
         "output": folder / "run",
     }  # fmt: skip
-    argv = [f"{key}={value}" for key, value in settings.items()]
+    changed = dict(o.split("=") for o in overrides)
+    argv = [f"{key}={value}" for key, value in (settings | changed).items()]
     assert main(["train", *argv, "--quiet", "--no-report"]) == 0
     return folder / "run"

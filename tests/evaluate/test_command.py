@@ -103,6 +103,18 @@ def test_processes_share_the_requests(run, corpus, capsys):
     assert shared["nll"] == pytest.approx(alone["nll"], rel=1e-6) and shared["tokens"] == alone["tokens"]
 
 
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_processes_share_the_model(wide_run, corpus, capsys, layout, tmp_path):
+    alone = answer(capsys, wide_run, "--text", corpus)
+    command = [sys.executable, "-m", "castalia", "evaluate", str(wide_run), layout, "--text", str(corpus), "--json"]
+    command += ["--procs", "2", "--output", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["nll"] == pytest.approx(alone["nll"], rel=1e-5) and found["tokens"] == alone["tokens"]
+    assert done.stderr.count("out.json") == 1
+
+
 class Pair:
     """Two processes in one: the other's share is known beforehand."""
 

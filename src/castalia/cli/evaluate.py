@@ -38,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder, one checkpoint, or a folder in Hugging Face format")
+    add("settings", nargs="*", metavar="key=value", help="parallel.tensor, parallel.pipeline, with --procs")
     add(
         "--tasks",
         nargs="+",
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
         names = [name for entry in args.tasks for name in entry.split(",") if name]
         path = None if args.include_path is None else str(Path(args.include_path).expanduser())
         args.found = find_tasks(names, path, args.offline)
-    with _team() as team:
+    with _team(args) as (team, rank):
         if args.all_checkpoints:
-            return _all_checkpoints(args, modes, team)
+            return _all_checkpoints(args, modes, team, rank == 0)
         result, lines, files = _MEASURES[modes[0]](args, _open(args, args.run, args.step, team), team)
-        if team is not None and team.rank:
+        if rank:
             return 0
         if args.output is not None:
             _write(Path(args.output), files or {"": json.dumps(result, indent=2) + "\n"})
@@ -135,10 +136,10 @@ def _check(args: argparse.Namespace) -> list[str]:
 
 def _command(args: argparse.Namespace) -> list[str]:
     """The same command line for a process of its own."""
-    out = [args.run]
+    out = [args.run, *args.settings]
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if name in ("run", "procs", "verb") or value is None or value is False:
+        if name in ("run", "settings", "procs", "verb") or value is None or value is False:
             continue
         if value is True:
             out.append(flag)
@@ -148,8 +149,8 @@ def _command(args: argparse.Namespace) -> list[str]:
 
 
 @contextmanager
-def _team() -> Iterator[Team | None]:
-    """The processes of this job, joined; None for one alone."""
+def _team(args: argparse.Namespace) -> Iterator[tuple[Team | None, int]]:
+    """The processes of this job that share the work, joined, and which one this is; None: they share the model."""
     import torch
 
     from castalia.model.kernels import choose_fp32_matmul
@@ -157,20 +158,30 @@ def _team() -> Iterator[Team | None]:
 
     choose_fp32_matmul(torch.device("cpu"))
     if not launched():
-        yield None
+        if args.settings:
+            raise UserError(f"{args.settings[0]} spreads the model over processes: start them with --procs")
+        yield None, 0
         return
     world = enter_world("cpu")
     with joined(world):
         from castalia.evaluate.team import Ranks
 
-        yield Ranks.of(world) if world.size > 1 else None
+        yield (Ranks.of(world) if world.size > 1 and not args.settings else None), world.rank
 
 
 def _open(args: argparse.Namespace, path: str, step: int | None, team: Team | None) -> Subject:
     import torch
 
+    from castalia.checkpoint import find_checkpoint
     from castalia.evaluate.subject import open_subject
 
+    if args.settings:
+        from castalia.evaluate.subject import make_subject
+        from castalia.tools.decoding import opened, parallel_of
+
+        found = find_checkpoint(Path(path, "checkpoints"), step, verify=False)
+        with opened(path, step, args.precision, parallel_of(args.settings)) as (decoder, tokenizer):
+            return make_subject(path, decoder, tokenizer, found.step if found else step, args.add_bos)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     return open_subject(path, step, dtype, args.add_bos, team)
 
@@ -274,7 +285,7 @@ def _data(args: argparse.Namespace, subject: Subject, team: Team | None) -> Meas
     from castalia.data.store import TokenStore
     from castalia.evaluate.perplexity import score_store
 
-    if team is not None:
+    if team is not None or subject.decoder is not None:
         raise UserError("--procs shares requests of --tasks, --text and --memorised; --data takes one process")
     model, tokenizer = subject.model, subject.tokenizer
     store = TokenStore(args.data)
@@ -332,12 +343,11 @@ _MEASURES: dict[str, Callable[[argparse.Namespace, Subject, Team | None], Measur
 _KEPT = ("loss", "perplexity", "bits_per_byte", "memorised_seen", "memorised_unseen")
 
 
-def _all_checkpoints(args: argparse.Namespace, modes: Sequence[str], team: Team | None) -> int:
+def _all_checkpoints(args: argparse.Namespace, modes: Sequence[str], team: Team | None, first: bool) -> int:
     from castalia.evaluate.harness import metrics_of
     from castalia.tools.dynamics import measure_all
 
     output = Path(args.output or Path(args.run, "dynamics"))
-    first = team is None or team.rank == 0
 
     def measure(step: int) -> dict[str, float]:
         row: dict[str, float] = {}

@@ -150,7 +150,7 @@ def _generate(
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     given = [prompts[i] for i in order]
-    found = generate(subject.model, subject.tokenizer, given, **settings, stop=stops, batch_size=batch_size)
+    found = generate(subject.engine, subject.tokenizer, given, **settings, stop=stops, batch_size=batch_size)
     texts = [""] * len(prompts)
     for i, result in zip(order, found, strict=True):
         text = result.text
@@ -212,7 +212,7 @@ def make_adapter(subject: Subject, batch_size: int, progress: Progress | None = 
             return {
                 "model": f"castalia ({subject.name})",
                 "model_num_parameters": sum(p.numel() for p in subject.model.parameters()),
-                "model_dtype": str(subject.model.head_weight.dtype),
+                "model_dtype": str(next(subject.model.parameters()).dtype),
                 "castalia_version": __version__,
                 "checkpoint_step": subject.step,
                 "add_bos": subject.bos is not None,
@@ -301,7 +301,7 @@ def run_tasks(
                 tasks=list(tasks.names),
                 num_fewshot=few_shot,
                 batch_size=batch_size,
-                device=str(subject.model.head_weight.device),
+                device=str(subject.device),
                 limit=limit,
                 bootstrap_iters=bootstrap,
                 task_manager=tasks.manager,

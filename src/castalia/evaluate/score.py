@@ -20,13 +20,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from castalia.errors import UserError
 from castalia.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from castalia.generate.decoder import Decoder
 
 MOST_TOKENS = 16_384
 """Places of a batch, padding included, at most; a single row may have more."""
@@ -67,8 +70,44 @@ class _Row:
         return max(len(targets) for _, targets in self.asked)
 
 
+class Whole:
+    """A model that this process has in whole."""
+
+    shares = True
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.device = model, model.head_weight.device
+
+    def hidden(self, tokens: Tensor, cache: PrefixCache | None = None) -> Tensor | None:
+        """`[B, S, h]`."""
+        return self.model(tokens, None, cache)
+
+    def logits(self, hidden: Tensor | None, rows: int) -> Tensor:
+        """fp32 `[rows, V]`."""
+        assert hidden is not None
+        return self.model.logits(hidden)
+
+
+class Part:
+    """One rank's part of a model; all ranks score the same requests, and have the same logits."""
+
+    shares = False
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.model, self.device = decoder, decoder.model, decoder.device
+
+    def hidden(self, tokens: Tensor, cache: PrefixCache | None = None) -> Tensor | None:
+        """`[B, S, h]` before the final norm; None on a rank that is not of the last stage."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.decoder._run(tokens, positions, self.model._context(positions, 0, None, None))
+
+    def logits(self, hidden: Tensor | None, rows: int) -> Tensor:
+        """fp32 `[rows, V]`, on every rank."""
+        return self.decoder._logits(hidden, rows)
+
+
 def score(
-    model: Transformer,
+    model: Transformer | Decoder,
     requests: Sequence[Request],
     vocab_size: int,
     max_length: int,
@@ -78,7 +117,7 @@ def score(
     """Score continuations; a context that is too long loses its beginning.
 
     Args:
-        model: with weights, on its device.
+        model: with weights, on its device; or the decoder of one rank's part, and then each rank scores all.
         requests: in any order.
         vocab_size: ids of the tokenizer; those of the model beyond are padding.
         max_length: most inputs that the model sees at once.
@@ -92,12 +131,12 @@ def score(
         UserError: a continuation alone is longer than max_length, or an id is outside the vocabulary.
     """
     found: list[Scored | None] = [None] * len(requests)
-    device, done = model.head_weight.device, 0
-    with inference(model):
+    runner, done = Whole(model) if isinstance(model, Transformer) else Part(model), 0
+    with inference(runner.model):
         for batch in _batches(_groups(requests, vocab_size, max_length), batch_size):
             rows = [row for group in batch for row in group]
-            hidden, first = _hidden(model, batch, device)
-            for index, result in _read(model, rows, hidden, first, vocab_size):
+            hidden, first = _hidden(runner, batch)
+            for index, result in _read(runner, rows, hidden, first, vocab_size):
                 found[index] = result
                 done += 1
             if progress is not None:
@@ -209,18 +248,19 @@ def _batches(groups: Iterable[list[_Row]], batch_size: int) -> Iterator[list[lis
         yield batch
 
 
-def _hidden(model: Transformer, batch: list[list[_Row]], device: torch.device) -> tuple[Tensor, int]:
+def _hidden(runner: Whole | Part, batch: list[list[_Row]]) -> tuple[Tensor | None, int]:
     """Hidden states `[rows, places, h]` from place `first` of the inputs on, and `first`."""
     rows = [row.inputs for group in batch for row in group]
     # One token of the context stays with the rows: its hidden state predicts the first of the continuation.
     shared = min(group[0].context for group in batch) - 1
-    if shared * (len(rows) - len(batch)) < _WORTHWHILE:
-        return model(_padded(rows, device)), 0
+    device = runner.device
+    if shared * (len(rows) - len(batch)) < _WORTHWHILE or not runner.shares:
+        return runner.hidden(_padded(rows, device)), 0
     cache = PrefixCache()
-    model(_padded([group[0].inputs[:shared] for group in batch], device), None, cache)
+    runner.hidden(_padded([group[0].inputs[:shared] for group in batch], device), cache)
     cache.advance(shared)
     cache.serve(torch.tensor([number for number, group in enumerate(batch) for _ in group], device=device))
-    return model(_padded([row[shared:] for row in rows], device), None, cache), shared
+    return runner.hidden(_padded([row[shared:] for row in rows], device), cache), shared
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -230,7 +270,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def _read(
-    model: Transformer, rows: Sequence[_Row], hidden: Tensor, first: int, vocab_size: int
+    runner: Whole | Part, rows: Sequence[_Row], hidden: Tensor | None, first: int, vocab_size: int
 ) -> Iterator[tuple[int, Scored]]:
     """The results of a batch: logits of the scored places alone, some rows of them at a time."""
     places: list[tuple[int, int]] = []
@@ -243,15 +283,16 @@ def _read(
         for index, targets in row.asked:
             requests.append((index, len(targets)))
             wanted += [(start - len(targets) + i, target) for i, target in enumerate(targets)]
-    device = hidden.device
+    device = runner.device
     at = torch.tensor(places, device=device)
-    chosen = hidden[at[:, 0], at[:, 1]]
+    chosen = None if hidden is None else hidden[at[:, 0], at[:, 1]]
     pairs = torch.tensor(wanted, device=device)
     logprobs = torch.empty(len(wanted), dtype=torch.float64, device=device)
     best = torch.empty(len(wanted), dtype=torch.bool, device=device)
     for begin in range(0, len(places), _LOGIT_ROWS):
         of = ((pairs[:, 0] >= begin) & (pairs[:, 0] < begin + _LOGIT_ROWS)).nonzero().squeeze(1)
-        logits = model.logits(chosen[begin : begin + _LOGIT_ROWS])[:, :vocab_size].float()
+        some = None if chosen is None else chosen[begin : begin + _LOGIT_ROWS]
+        logits = runner.logits(some, min(_LOGIT_ROWS, len(places) - begin))[:, :vocab_size].float()
         place, target = pairs[of, 0] - begin, pairs[of, 1]
         logprobs[of] = (logits[place, target] - logits.logsumexp(-1)[place]).double()
         best[of] = logits.argmax(-1)[place] == target

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -23,6 +23,9 @@ from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.errors import UserError
 from castalia.evaluate.score import Progress, Request, Scored, score
 from castalia.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from castalia.generate.decoder import Decoder
 
 
 class Team(Protocol):
@@ -52,6 +55,7 @@ class Subject:
         bos: put in front of every context; None, as in training here: nothing is.
         step: of the checkpoint, where there is one.
         team: processes that share the work; None: this one alone.
+        decoder: where the model is one rank's part; then each rank does all the work.
     """
 
     name: str
@@ -62,12 +66,23 @@ class Subject:
     bos: int | None = None
     step: int | None = None
     team: Team | None = None
+    decoder: Decoder | None = None
+
+    @property
+    def engine(self) -> Transformer | Decoder:
+        """What scores and generates."""
+        return self.model if self.decoder is None else self.decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.head_weight.device if self.decoder is None else self.decoder.device
 
     def score(self, requests: Sequence[Request], batch_size: int, progress: Progress | None = None) -> list[Scored]:
         """Score continuations (see castalia.evaluate.score), each process its share of them."""
         team = self.team
         if team is None or team.size == 1:
-            return score(self.model, requests, self.tokenizer.vocab_size, self.max_length, batch_size, progress)
+            return score(self.engine, requests, self.tokenizer.vocab_size, self.max_length, batch_size, progress)
         own = requests[team.rank :: team.size]
         found = score(self.model, own, self.tokenizer.vocab_size, self.max_length, batch_size, progress)
         table = torch.zeros(len(requests), 2, dtype=torch.float64)
@@ -110,15 +125,33 @@ def open_subject(
         model, tokenizer = load_run(folder, step=step, dtype=dtype)
         found = find_checkpoint(folder / "checkpoints", step, verify=False)
         step = found.step if found is not None else step
+    return make_subject(str(path), model, tokenizer, step, add_bos, team)
+
+
+def make_subject(
+    name: str,
+    model: Transformer | Decoder,
+    tokenizer: Tokenizer,
+    step: int | None = None,
+    add_bos: bool = False,
+    team: Team | None = None,
+) -> Subject:
+    """A model that is loaded already, or the decoder of one rank's part (see `open_subject`).
+
+    Raises:
+        UserError: the tokenizer has no id to begin from, or the model no length.
+    """
+    decoder = None if isinstance(model, Transformer) else model
+    whole = model if isinstance(model, Transformer) else model.model
     bos = first_token(tokenizer)
     if add_bos and bos is None:
         raise UserError("--add-bos: the tokenizer's file puts no token in front of a text: leave the flag out")
     prefix = bos if add_bos else tokenizer.eod
-    length = model.cfg.max_position_embeddings
+    length = whole.cfg.max_position_embeddings
     if prefix is None or length is None:
         what = "end-of-document token to predict a first token from" if prefix is None else "length"
-        raise UserError(f"{folder}: has no {what}: it cannot be evaluated on texts")
-    return Subject(str(path), model, tokenizer, length, prefix, bos if add_bos else None, step, team)
+        raise UserError(f"{name}: has no {what}: it cannot be evaluated on texts")
+    return Subject(name, whole, tokenizer, length, prefix, bos if add_bos else None, step, team, decoder)
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
