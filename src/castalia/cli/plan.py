@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ("training", f"{steps:,} steps, {tokens:,} tokens, {answer['total_flops']:.3g} FLOPs"),
         ("weights", f"{size.weight_bytes / 2**20:,.1f} MiB fp32"),
         ("gradients", f"{size.gradient_bytes / 2**20:,.1f} MiB fp32"),
-        ("optimizer", f"{size.optimizer_bytes / 2**20:,.1f} MiB fp32"),
+        ("optimizer", f"{size.optimizer_bytes / 2**20:,.1f} MiB of {full.optimizer.type}"),
         ("bf16 copies", f"{size.working_bytes / 2**20:,.1f} MiB"),
         ("together", f"{state / 2**20:,.1f} MiB, and activations on top"),
     ]

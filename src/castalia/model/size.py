@@ -14,6 +14,7 @@ from math import prod
 from castalia.config import Config, ModelConfig
 from castalia.config.attention import GATED_MLPS
 from castalia.errors import UserError
+from castalia.model.optimizer_size import state_bytes
 
 # Parameters of each norm over h numbers; a registered one is taken to have a gain alone.
 NORM_PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -148,8 +149,8 @@ class ModelSize:
         flops_per_token: forward and backward, multiply and add counted apart: six for each
             weight of a layer as often as it is executed, plus attention over the whole square (not halved for
             the causal mask), as PaLM's appendix B counts. Of experts, those that a token meets.
-        weight_bytes, gradient_bytes, optimizer_bytes: fp32 weights and gradients, two fp32
-            moments; of a soft prompt alone, where there is one, as all else is frozen.
+        weight_bytes, gradient_bytes, optimizer_bytes: fp32 weights and gradients, and the state of the
+            optimizer; of a soft prompt alone, where there is one, as all else is frozen.
         working_bytes: 16-bit copies of the matrices, where precision is not fp32.
     """
 
@@ -205,8 +206,10 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
             prod(shape) if len(shape) > 1 and name not in only_read and not name.endswith("router.weight") else 0
         )
     )
-    trained = count(lambda name, shape: 0 if name.endswith("router.bias") else prod(shape))
-    trained = model.soft_prompt_tokens * model.hidden_size or trained
+
+    def is_trained(name: str) -> bool:
+        return name == "soft_prompt.weight" if model.soft_prompt_tokens else not name.endswith("router.bias")
+
     return ModelSize(
         total_parameters=total,
         active_parameters=active,
@@ -215,8 +218,13 @@ def model_size(config: Config, vocab_size: int | None = None) -> ModelSize:
             model, inner - total + active + (repeats - 1) * layers, vocab, config.data.seq_length
         ),
         weight_bytes=4 * total,
-        gradient_bytes=4 * trained,
-        optimizer_bytes=8 * trained,
+        gradient_bytes=4 * count(lambda name, shape: prod(shape) if is_trained(name) else 0),
+        optimizer_bytes=sum(
+            len(times) * state_bytes(config.optimizer, f"{names}{name}", shape)
+            for times, names, part in parts
+            for name, shape in part.items()
+            if is_trained(name)
+        ),
         working_bytes=2 * low if config.training.precision != "fp32" else 0,
     )
 
