@@ -13,9 +13,10 @@ import torch
 
 from castalia.config import OptimizerConfig
 from castalia.errors import UserError
+from castalia.model.optimizer_size import state_bytes as planned
 from castalia.optim.eight_bit import SMALL, codebook, pack, unpack
 from castalia.optim.matrix import orthogonal
-from castalia.optim.optimizers import OPTIMIZERS, optimizer_kind, prepare_state
+from castalia.optim.optimizers import OPTIMIZERS, by_rule, optimizer_kind, prepare_state
 
 A = np.ndarray
 RATES = [0.01, 0.02, 0.03, 0.025, 0.02, 0.01, 0.005]
@@ -284,3 +285,35 @@ def test_the_table_of_state_sizes_says_what_is_held() -> None:
     page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) \|$", page, re.M))
     assert table == {kind: f"{state_bytes(kind):.2f}" for kind in OPTIMIZERS}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_plan_counts_the_state_that_is_held(kind: str) -> None:
+    shapes = {"embedding.weight": (64, 80), "layers.0.mlp.up.weight": (96, 64), "layers.0.mlp.up.bias": (96,)}
+    shapes |= {"layers.0.mlp.experts.up.weight": (3, 64, 48), "head.weight": (64, 80)}
+    more: list[dict[str, Any]] = [] if kind == "schedule_free" else [{"average": 0.99}]
+    more += [{"momentum": 0.0}] if kind in ("sgd", "sm3") else []
+    for settings in [{}, *more]:
+        cfg = OptimizerConfig(type=kind, **settings)
+        made = optimizer_kind(cfg)
+        weights = {n: torch.nn.Parameter(torch.randn(s)) for n, s in shapes.items()}
+        groups = [
+            {"params": [weights[n] for n in names], "weight_decay": rule.decay, "matrix": rule.matrix}
+            for rule, names in by_rule(weights, cfg, None)
+        ]
+        optimizer = made.make(groups, cfg)
+        prepare_state(optimizer, made, cfg.average is not None)
+        for p in weights.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        for name, p in weights.items():
+            states = {n: s for n, s in optimizer.state[p].items() if n not in ("step", "weight_sum")}
+            held = [t for s in states.values() for t in (s if isinstance(s, tuple) else (s,))]
+            assert sum(t.nbytes for t in held) == planned(cfg, name, shapes[name]), (name, states.keys())
+
+
+def test_the_last_group_that_matches_counts_alone() -> None:
+    groups = [{"match": "weight", "lr": 2.0, "weight_decay": 0.5}, {"match": "up", "lr": 3.0}]
+    weights = {"down.weight": torch.zeros(2, 2), "up.weight": torch.zeros(2, 2)}
+    rules = {n: r for r, names in by_rule(weights, OptimizerConfig(groups=groups), None) for n in names}
+    assert [(r.rate, r.decay) for r in rules.values()] == [(2.0, 0.5), (3.0, 0.1)] and list(rules) == list(weights)

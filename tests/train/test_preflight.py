@@ -30,6 +30,8 @@ def config(values, **changes):
         ({"model__activation": "sine"}, "model.activation"),
         ({"model__init_method": "zeros"}, "model.init_method"),
         ({"optimizer__type": "adamx"}, "optimizer.type"),
+        ({"optimizer__groups": [{"match": "embeding"}]}, "'embeding' matches none of the parameters that are trained"),
+        ({"optimizer__groups": [{"match": "layers"}], "model__soft_prompt_tokens": 4}, "'layers' matches none"),
         ({"performance__device": "cuda:99"}, "performance.device"),
         ({"start__path": "nowhere"}, "start.path"),
         ({"data__path": "nowhere"}, "nowhere"),

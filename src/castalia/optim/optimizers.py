@@ -165,10 +165,10 @@ def by_rule(
     for name, parameter in parameters.items():
         rate = 1.0 if model is None or family is None else mup.rate_factor(name, model, family)
         decay = cfg.weight_decay * mup.decay_factor(rate) if decays(name, parameter) else 0.0
-        for group in cfg.groups:
-            if re.search(group.match, name):
-                rate *= group.lr
-                decay = decay if group.weight_decay is None else group.weight_decay
+        own = [group for group in cfg.groups if re.search(group.match, name)][-1:]  # the last that matches counts
+        for group in own:
+            rate *= group.lr
+            decay = decay if group.weight_decay is None else group.weight_decay
         rule = Rule(decay, rate, kind.matrices(name, parameter))
         groups.setdefault((decays(name, parameter), rule), []).append(name)
     return [(rule, groups[flag, rule]) for flag, rule in sorted(groups, key=lambda key: not key[0])]

@@ -11,6 +11,7 @@ right does not fail in the other, and a run that cannot begin leaves no folder b
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 from castalia.model.float8 import missing_float8
 from castalia.model.initial import INITIALISERS
-from castalia.model.size import ModelSize, model_size
+from castalia.model.size import ModelSize, model_size, parameter_shapes
 from castalia.model.transformer import Transformer
 from castalia.optim.optimizers import optimizer_kind
 from castalia.parallel.layout import layout_of
@@ -117,6 +118,14 @@ def _warnings(config: Config, data: RunData, tokenizer: Tokenizer | None, steps:
 def _check_names(config: Config) -> None:
     """Parts that are named must exist and fit together: a model without memory is made of them."""
     optimizer_kind(config.optimizer)
+    names = list(parameter_shapes(config.model, config.model.vocab_size or 1))
+    trained = [n for n in names if n == "soft_prompt.weight"] if config.model.soft_prompt_tokens else names
+    for group in config.optimizer.groups:
+        if not any(re.search(group.match, name) for name in trained):
+            raise UserError(
+                f"optimizer.groups: '{group.match}' matches none of the parameters that are trained "
+                f"({trained[0]}, ...): correct or remove it"
+            )
     if config.model.num_layers <= _LAYERS_TRIED:  # a millisecond each
         with torch.device("meta"):
             Transformer(config.model)
