@@ -11,8 +11,8 @@ from castalia.checkpoint import find_checkpoint, load_checkpoint
 from castalia.config import Config
 from castalia.config.schema_guard import GuardConfig
 from castalia.data.loader import Loader
-from castalia.data.plan import Skip
-from castalia.train.guard import Guard, Spiked
+from castalia.data.plan import RunPlan, Skip
+from castalia.train.guard import Guard, Spiked, left_out
 from castalia.train.loop import Stopped
 from castalia.train.metrics import read_metrics
 from castalia.train.run import Run, train
@@ -109,6 +109,28 @@ def test_a_guarded_run_resumes_with_what_it_left_out(values, poison, tmp_path):
     assert resumed.journal == whole.journal and len(whole.journal) == 1
     expected = tensors(whole)
     assert all(torch.equal(t, expected[n]) for n, t in tensors(resumed).items())
+
+
+def test_two_spikes_within_the_lookback_leave_every_suspect_out_and_nothing_twice():
+    """The second rollback goes back beyond the first's place in the journal."""
+    first = RunPlan(4, 32, 40, left_out((), 16, 3, "a"))
+    suspect = [first.at(step).first_sample for step in (14, 15, 16)]
+    second = RunPlan(4, 32, 40, left_out(first.journal, 14, 3, "b"))
+    taken = [second.at(step).first_sample for step in range(40)]
+    assert taken[:14] == [4 * step for step in range(14)]
+    assert not set(taken) & {*suspect, *(4 * step for step in (16, 17, 18))} and taken[14] == suspect[-1] + 4
+    assert len(set(taken)) == 40 and sum(entry.num_steps for entry in second.journal) == 6
+
+
+def test_poison_in_two_near_places_is_all_gone_after_two_rollbacks(values, poison, tmp_path):
+    values["guard"] |= {"spikes": "rollback", "budget": 12, "lookback": 2}
+    values["data"] = values["data"] | {"order": "permutation"}
+    poison(POISONED * 4, 8)
+    guarded = train(Config.model_validate(values), quiet=True)
+    (skip,) = [e for e in guarded.journal if isinstance(e, Skip)]
+    assert skip.from_step == POISONED - 4
+    expected = never_saw(values, tmp_path / "clean", skip)
+    assert all(torch.equal(t, expected[n]) for n, t in tensors(guarded).items())
 
 
 def test_more_spikes_than_the_budget_stop_the_run(values, poison):

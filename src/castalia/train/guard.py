@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from castalia.checkpoint import find_checkpoint, load_checkpoint
 from castalia.checkpoint.layout import problems_of, step_name, step_of, write_durably
 from castalia.config.schema_guard import GuardConfig
-from castalia.data.plan import Skip, StepSpec, journal_from_json
+from castalia.data.plan import Amendment, Skip, StepSpec
 from castalia.errors import UserError
 from castalia.train.engine import StepStats
 
@@ -102,12 +102,23 @@ def step_around(run: Run, spec: StepSpec, stats: StepStats, grad_norm: float, wh
         )
     if back is not None:
         _go_back(run, back)
-    skip = Skip(suspect[0].step, len(suspect), why)
-    run.replan((*run.journal, skip))
+    run.replan(left_out(run.journal, suspect[0].step, len(suspect), why))
     run.metrics.write("event", run.step, event="spike", text=f"step {spec.step + 1}: {why}; {action}")
     run.console.say(
         f"WARNING: step {spec.step + 1}: {why}; {action}; {len(suspect)} batch(es) are left out, see {_incidents(run)}"
     )
+
+
+def left_out(journal: tuple[Amendment, ...], step: int, count: int, why: str) -> tuple[Amendment, ...]:
+    """A journal that also leaves out the batches of `count` steps from one on.
+
+    What was left out between these steps is left out from the first of them on: later, it would move by as many
+    batches as are left out now, and meet others.
+    """
+    between = [entry for entry in journal if isinstance(entry, Skip) and step < entry.from_step < step + count]
+    reasons = dict.fromkeys((*(entry.reason for entry in between), why))
+    skip = Skip(step, count + sum(entry.num_steps for entry in between), "; ".join(reasons))
+    return (*(entry for entry in journal if entry not in between), skip)
 
 
 def _checkpoint_before(run: Run, step: int) -> int | None:
@@ -128,9 +139,7 @@ def _go_back(run: Run, step: int) -> None:
     load_checkpoint(found.path, run.store.tensors())
     state = found.state
     take_state(run, state)
-    # What was left out since then stays so: entries of earlier spikes hold from steps that will be run again.
-    kept = {entry: None for entry in (*journal_from_json(state["journal"]), *run.journal)}
-    run.journal = tuple(kept)
+    # The journal stays: it holds all that the checkpoint's does, and entries for steps that will be run again.
     if run.first:
         set_aside(run, step)
     run.rewind()
