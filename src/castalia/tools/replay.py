@@ -94,10 +94,10 @@ def replay(folder: Path, step: int, autopsy: bool = False) -> Replayed:
     for number in range(out.start, step):
         batches = loader.batch(data.plan.at(number))
         tokens = parts.count(sum(batch.num_tokens for batch in batches))
-        if number == step - 1 and autopsy:
-            out.finding = examine(parts.engine, parts.model, batches, tokens, number)
         if scaler is not None:
             parts.engine.loss_scale = scaler.scale
+        if number == step - 1 and autopsy:
+            out.finding = examine(parts.engine, parts.model, batches, tokens, number)
         stats = parts.engine.forward_backward(batches, tokens, number)
         if scaler is not None:
             scaler.unscale(parts.store.gradient_buffers())
