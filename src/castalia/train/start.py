@@ -150,8 +150,6 @@ def _from_castalia(run: Run, found: Checkpoint, cfg: StartConfig) -> tuple[int, 
     if run.scaler is not None:
         run.scaler.restore(state.get("loss_scale"))
     rebatch(run, state, found.path)
-    if run.scaler is not None:
-        run.scaler.restore(state.get("loss_scale"))
     lines = [line for line in changes(run, state, found.path) if not line.startswith("start.")]
     return found.step, str(found.path), (f"other settings than there: {'; '.join(lines)}",) if lines else ()
 
