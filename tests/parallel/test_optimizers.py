@@ -1,8 +1,14 @@
 """Every optimizer under layouts that cut its matrices, against one process; and its state in a checkpoint."""
 
 import pytest
+import torch
 
+from castalia.config import OptimizerConfig
 from castalia.optim.optimizers import OPTIMIZERS
+from castalia.optim.weights import PlainStore
+from castalia.parallel.mesh import local_mesh
+from castalia.parallel.plans import Place
+from castalia.parallel.store import SpreadStore
 from castalia.tools.verify import verify_layouts, verify_resume
 
 # Each with a layout that cuts rows, columns or both, and one rank without some parameters.
@@ -47,3 +53,15 @@ def test_states_of_whole_matrices_go_from_layout_to_layout(config_of, kind, befo
 def test_averages_of_weights_go_from_layout_to_layout(config_of):
     verdict = verify_resume(config_of("optimizer.average=0.9"), "zero3pp2", "tp2")
     assert verdict.good, verdict
+
+
+def test_a_square_state_is_no_part_of_a_matrix_that_is_shaped_alike():
+    """Half of a matrix of 8 x 4 is as large as the basis of its columns."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(4, 4, bias=False)])})
+    cfg = OptimizerConfig(type="soap")
+    places = {"layers.0.weight": Place((8, 4), (4, 0), (4, 4))}
+    store = SpreadStore(PlainStore(model, cfg, None), places, local_mesh(), {"layers.0.weight": (8, 4)}, cfg)
+    held = {name.removeprefix("optimizer.layers.0.weight."): piece for name, piece in store.tensors().items()}
+    assert (held["model.layers.0.weight"].shape, held["model.layers.0.weight"].offset) == ((8, 4), (4, 0))
+    assert (held["right"].shape, held["right_basis"].shape, held["left"].shape) == ((4, 4), (4, 4), (8, 8))
+    assert held["right"].offset == (0, 0)

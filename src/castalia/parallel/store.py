@@ -133,11 +133,13 @@ class SpreadStore:
         out: dict[str, Any] = {}
         for key, tensor in self.inner.tensors().items():
             kind, _, rest = key.partition(".")
-            place = self._places[rest if kind == "model" else rest.rpartition(".")[0]]
-            if tuple(tensor.shape) == place.local:
-                out[key] = Piece(tensor, place.shape, place.offset)
-            else:  # it belongs to the whole parameter
+            name, _, state = (rest, "", "") if kind == "model" else rest.rpartition(".")
+            place = self._places[name]
+            # By name, not by shape: a square state of a whole matrix may be shaped as a rank's part of the matrix.
+            if state in self._whole_states(name, place.shape):
                 out[key] = Piece(tensor, tensor.shape, (0,) * tensor.ndim)
+            else:
+                out[key] = Piece(tensor, place.shape, place.offset)
         for name, shape in self._shapes.items():
             if name not in self._places:
                 for key, size in self._elsewhere(name, shape):
@@ -146,9 +148,16 @@ class SpreadStore:
 
     def _elsewhere(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and whole shapes of what a checkpoint holds of a parameter of which this rank has no part."""
-        is_matrix = self._kind.matrices(name, torch.empty(shape, device="meta"))
+        is_matrix = self._is_matrix(name, shape)
         yield f"model.{name}", shape
         for moment in (*self._kind.moments_of(is_matrix), *(("average",) if self._average else ())):
             yield f"optimizer.{name}.{moment}", shape
-        for state, size in self._kind.whole(shape, is_matrix).items():
+        for state, size in self._whole_states(name, shape).items():
             yield f"optimizer.{name}.{state}", size
+
+    def _is_matrix(self, name: str, shape: tuple[int, ...]) -> bool:
+        return self._kind.matrices(name, torch.empty(shape, device="meta"))
+
+    def _whole_states(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """States that belong to a whole parameter of this shape, whatever part of it a rank holds."""
+        return self._kind.whole(shape, self._is_matrix(name, shape))
