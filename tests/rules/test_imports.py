@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 DISTRIBUTED_ROOMS = {"parallel", "checkpoint"}
 DEVICE_FILE = "castalia/parallel/world.py"
 # Where the name that is imported is not the name that is installed.
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "mlflow": "mlflow-skinny"}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from castalia.config.load import known_keys
 
 KEYS = frozenset(known_keys())
 SECTIONS = sorted({key.split(".")[0] for key in KEYS if "." in key})
-FILES = frozenset({"bin", "idx", "json", "jsonl", "pkl", "py", "safetensors", "txt", "yml"})
+FILES = frozenset({"bin", "idx", "json", "jsonl", "model", "pkl", "py", "safetensors", "txt", "yml"})
 THEIRS = frozenset({"optimizer.params"})  # GPT-NeoX's own, which messages about its files name
 LEFT_OUT = ("castalia/tools/page.py",)  # a script for browsers
 HOLE = "\0"  # stands for what an f-string puts in
