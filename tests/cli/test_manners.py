@@ -24,7 +24,8 @@ def refusal(capsys, *argv: str) -> str:
 def test_a_wrong_flag_is_one_sentence(capsys) -> None:
     assert "did you mean '--quiet'? `castalia train --help`" in refusal(capsys, "train", "a.yml", "--quite")
     assert "invalid int value" in refusal(capsys, "generate", "run", "--seed", "x")
-    assert "the following arguments are required" in refusal(capsys, "evaluate", "run")
+    assert "the following arguments are required" in refusal(capsys, "evaluate")
+    assert "nothing to measure: give --tasks, --text" in refusal(capsys, "evaluate", "run")
     assert "unknown flag '--versoin'" in refusal(capsys, "--versoin")
     assert "not valid text" in refusal(capsys, "generate", "run", "--prompt", "caf\udce9")
 

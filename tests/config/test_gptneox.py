@@ -396,6 +396,7 @@ def test_defaults_are_those_of_the_version(translated, compat: str, expected: di
         ({"optimizer": {"type": "ADAM", "params": {"weight_decay": 0.2}}}, {"optimizer.weight_decay": 0.2}),
         ({"optimizer": None}, {"optimizer.type": "adamw", "optimizer.lr": 0.001}),
         ({"eval_iters": 0}, {"evaluation.interval": None, "evaluation.at_end": False}),
+        ({"eval_tasks": ["piqa", "arc_*"]}, {"evaluation.tasks": ["piqa", "arc_*"]}),
         (
             {"eval_iters": 3},
             {"evaluation.batches": 3, "evaluation.at_end": True, "evaluation.test_at_end": True},

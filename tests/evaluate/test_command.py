@@ -11,9 +11,12 @@ import sys
 import pytest
 
 from castalia.cli import main
+from castalia.errors import UserError
 from castalia.evaluate.score import Request
-from castalia.evaluate.subject import open_subject
+from castalia.evaluate.subject import make_subject, open_subject
+from castalia.parallel.testing import run_in_processes
 from castalia.tools.data_view import open_data_run
+from castalia.tools.decoding import opened, parallel_of
 from castalia.tools.memorised import scan
 
 
@@ -53,6 +56,22 @@ def test_a_baseline_is_compared_document_by_document(run, corpus, capsys):
     found = answer(capsys, run, "--text", corpus, "--baseline", run)
     entry = found["comparison"]["bits_per_byte"]
     assert (entry["items"], entry["difference"], entry["p_sign"]) == (4, 0, 1)
+    earlier = run / "checkpoints" / "step-00000004"
+    found = answer(capsys, run, "--text", corpus, "--baseline", earlier)
+    before = answer(capsys, earlier, "--text", corpus)
+    entry = found["comparison"]["bits_per_byte"]
+    assert entry["a"] == pytest.approx(found["bits_per_byte"]) and entry["b"] == pytest.approx(before["bits_per_byte"])
+    assert entry["difference"] == pytest.approx(entry["a"] - entry["b"]) and entry["difference"] < 0
+    assert main(["evaluate", str(run), "--text", str(corpus), "--baseline", str(earlier)]) == 0
+    assert "bits per byte" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_tokenizer_without_an_end_of_document_scores_data_alone(subject):
+    import dataclasses
+
+    assert subject.prefix == 256
+    with pytest.raises(UserError, match="with --data"):
+        dataclasses.replace(subject, first=None).prefix  # noqa: B018
 
 
 def test_all_checkpoints_make_a_table_and_curves(run, corpus, capsys, tmp_path):
@@ -104,7 +123,22 @@ def test_processes_share_the_requests(run, corpus, capsys):
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
-def test_processes_share_the_model(wide_run, corpus, capsys, layout, tmp_path):
+def test_ranks_share_the_model(wide_run, layout):
+    """In workers, which are there already; below the same by the command."""
+    asked = [Request(list(b"the cat"), list(b" sat")), Request([256], list(b"zebra quiz"))] * 3
+    expected = open_subject(wide_run).score(asked, 4)
+    for found in run_in_processes(2, score_part, str(wide_run), layout, asked):
+        assert [s.logprob for s in found] == pytest.approx([s.logprob for s in expected], rel=1e-5)
+        assert [s.greedy for s in found] == [s.greedy for s in expected]
+
+
+def score_part(world, run, layout, asked):
+    with opened(run, parallel=parallel_of([layout]), world=world) as (decoder, tokenizer):
+        return make_subject(run, decoder, tokenizer).score(asked, 4)
+
+
+def test_processes_share_the_model(wide_run, corpus, capsys, tmp_path):
+    layout = "parallel.tensor=2"
     alone = answer(capsys, wide_run, "--text", corpus)
     command = [sys.executable, "-m", "castalia", "evaluate", str(wide_run), layout, "--text", str(corpus), "--json"]
     command += ["--procs", "2", "--output", str(tmp_path / "out.json")]

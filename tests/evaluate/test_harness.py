@@ -33,7 +33,7 @@ def test_white_space_at_the_end_of_a_context_is_the_continuations(subject):
 
 
 def test_a_bos_is_put_in_front_once(subject):
-    with_bos = dataclasses.replace(subject, bos=256, prefix=256)
+    with_bos = dataclasses.replace(subject, bos=256, first=256)
     assert encode_pair(with_bos, "a", "b") == ([256, *ids("a")], ids("b"))
     assert encode_pair(with_bos, "", "b") == ([256], ids("b"))
 

@@ -26,7 +26,7 @@ VERBS = {
     "data": "view, find, check, count, merge and convert token data sets",
     "train": "configuration -> trained run",
     "generate": "run -> text",
-    "evaluate": "run -> bits per byte on a data set",
+    "evaluate": "run -> accuracies on tasks, bits per byte on texts; over all checkpoints, against another model",
     "export": "run -> a folder in Hugging Face format",
     "import": "other people's weights -> a run: Hugging Face, Llama, GGUF, GPT-NeoX",
     "report": "runs -> one HTML page with curves",

@@ -51,7 +51,7 @@ class Subject:
         name: what the user called it.
         model, tokenizer: as loaded.
         max_length: most inputs that the model sees at once.
-        prefix: the id that a text without context is predicted from.
+        first: the id that a text without context is predicted from; None: the tokenizer has none.
         bos: put in front of every context; None, as in training here: nothing is.
         step: of the checkpoint, where there is one.
         team: processes that share the work; None: this one alone.
@@ -62,11 +62,25 @@ class Subject:
     model: Transformer
     tokenizer: Tokenizer
     max_length: int
-    prefix: int
+    first: int | None
     bos: int | None = None
     step: int | None = None
     team: Team | None = None
     decoder: Decoder | None = None
+
+    @property
+    def prefix(self) -> int:
+        """The id that a text without context is predicted from.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.first is None:
+            raise UserError(
+                f"{self.name}: the tokenizer has no end-of-document token to predict a text's first token from: "
+                "evaluate a token data set, with --data"
+            )
+        return self.first
 
     @property
     def engine(self) -> Transformer | Decoder:
@@ -112,7 +126,7 @@ def open_subject(
         team: processes that share the work.
 
     Raises:
-        UserError: it is none of these, or the tokenizer has no id to begin from.
+        UserError: it is none of these.
     """
     folder = Path(path)
     if (folder / "config.json").is_file() and not (folder / "config.yaml").is_file():
@@ -139,19 +153,19 @@ def make_subject(
     """A model that is loaded already, or the decoder of one rank's part (see `open_subject`).
 
     Raises:
-        UserError: the tokenizer has no id to begin from, or the model no length.
+        UserError: the model has no length, or the tokenizer's file no first token though it is asked for.
     """
     decoder = None if isinstance(model, Transformer) else model
     whole = model if isinstance(model, Transformer) else model.model
     bos = first_token(tokenizer)
     if add_bos and bos is None:
         raise UserError("--add-bos: the tokenizer's file puts no token in front of a text: leave the flag out")
-    prefix = bos if add_bos else tokenizer.eod
     length = whole.cfg.max_position_embeddings
-    if prefix is None or length is None:
-        what = "end-of-document token to predict a first token from" if prefix is None else "length"
-        raise UserError(f"{name}: has no {what}: it cannot be evaluated on texts")
-    return Subject(name, whole, tokenizer, length, prefix, bos if add_bos else None, step, team, decoder)
+    if length is None:
+        raise UserError(f"{name}: says no length that it was made for: set model.max_position_embeddings")
+    return Subject(
+        name, whole, tokenizer, length, bos if add_bos else tokenizer.eod, bos if add_bos else None, step, team, decoder
+    )
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:

@@ -61,6 +61,8 @@ def check_tasks(config: Config, layout: Layout, tokenizer: Tokenizer | None) -> 
         )
     if tokenizer is None:
         raise UserError("evaluation.tasks: there is no tokenizer to read them with: name it in tokenizer.path")
+    if tokenizer.eod is None:
+        raise UserError("evaluation.tasks: the tokenizer has no end-of-document token to begin from: leave them out")
     find_tasks(cfg.tasks, cfg.tasks_path)
 
 
@@ -68,11 +70,9 @@ def _evaluate_tasks(run: Run) -> None:
     """Evaluate on the tasks and write the record; each process has the whole model and takes its share."""
     cfg, tokenizer, model = run.config.evaluation, run.tokenizer, run.model
     assert tokenizer is not None, "check_tasks has asked for one"
-    prefix, length = tokenizer.eod, run.config.data.seq_length
-    if prefix is None:
-        raise UserError("evaluation.tasks: the tokenizer has no end-of-document token to begin from: leave them out")
+    length = run.config.data.seq_length
     team = Ranks(run.mesh) if run.world.size > 1 else None
-    subject = Subject(run.config.name, model, tokenizer, length, prefix, step=run.step, team=team)
+    subject = Subject(run.config.name, model, tokenizer, length, tokenizer.eod, step=run.step, team=team)
     run.beat("evaluating tasks")
     with run.store.averaged():
         results = run_tasks(
