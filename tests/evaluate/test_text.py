@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 
+from castalia.data.tokenizer import ByteTokenizer
 from castalia.errors import UserError
 from castalia.evaluate.text import by_domain, read_texts, score_texts, summary
 
@@ -64,3 +66,18 @@ def test_a_field_that_is_not_there_says_so(subject, corpus):
 def test_a_stride_beyond_the_length_is_refused(subject, corpus):
     with pytest.raises(UserError, match="stride 49"):
         score_texts(subject, read_texts([corpus]), 49)
+
+
+class Forgetful(ByteTokenizer):
+    """Loses capitals."""
+
+    def encode_batch(self, texts):
+        return super().encode_batch([t.lower() for t in texts])
+
+
+def test_no_bits_per_byte_where_the_tokenizer_loses_text(subject, tmp_path):
+    (tmp_path / "d.txt").write_text("Some Capitals")
+    (tmp_path / "e.txt").write_text("none")
+    lossy = dataclasses.replace(subject, tokenizer=Forgetful())
+    found = by_domain(score_texts(lossy, read_texts([str(tmp_path)]))).values()
+    assert [d["bits_per_byte"] is None for d in found] == [True, False]

@@ -242,9 +242,8 @@ def _text(args: argparse.Namespace, subject: Subject, team: Team | None) -> Meas
             texts = read_texts(args.text, args.text_key or "text", args.by)
             return score_texts(of, texts, args.stride, args.batch_size, progress)
 
-    scores, lossless = measured(subject), subject.lossless()
-    domains = by_domain(scores, lossless)
-    whole = summary(scores, lossless)
+    scores = measured(subject)
+    domains, whole = by_domain(scores), summary(scores)
     result: dict[str, Any] = {**whole, "domains": domains}
     if args.output is not None:
         result["by_document"] = [s.as_dict() for s in scores]
@@ -256,10 +255,14 @@ def _text(args: argparse.Namespace, subject: Subject, team: Team | None) -> Meas
         lines.append(_ALIGN.format(name[-33:], *cells))
     if args.baseline is not None:
         other = _open(args, args.baseline, None, team)
-        if not (lossless and other.lossless()):
-            raise UserError("--baseline compares bits per byte, and a tokenizer of the two does not keep every byte")
         theirs = {(s.source, s.number): s for s in measured(other)}
         pairs = [(s, theirs[s.source, s.number]) for s in scores if (s.source, s.number) in theirs]
+        lossy = next((pair[0] for pair in pairs if not all(s.whole for s in pair)), None)
+        if lossy is not None:
+            raise UserError(
+                f"{lossy.source}, document {lossy.number}: a tokenizer of the two loses part of it, so bits per byte "
+                "do not compare: use texts that both keep"
+            )
         values = [[p[i].bits_per_byte for p in pairs] for i in (0, 1)]
         entry = compare(values[0], values[1], [s.bytes for s, _ in pairs])
         result["comparison"] = {"baseline": args.baseline, "bits_per_byte": entry.as_dict()}

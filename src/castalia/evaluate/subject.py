@@ -104,10 +104,6 @@ class Subject:
             table[team.rank :: team.size] = torch.tensor(found, dtype=torch.float64)
         return [Scored(logprob, greedy > 0) for logprob, greedy in team.total(table).tolist()]
 
-    def lossless(self) -> bool:
-        """Whether the tokenizer keeps every byte of a text, so that bits per byte mean something."""
-        return self.tokenizer.token_bytes() is not None
-
 
 def open_subject(
     path: str | Path,

@@ -10,6 +10,7 @@ bytes of the text as it was given, and therefore compare between tokenizers.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -32,6 +33,7 @@ class DocumentScore:
         domain: what it is counted under.
         tokens, bytes: scored tokens, and UTF-8 bytes of the text.
         nll: their summed negative log-likelihood, in nats.
+        whole: its ids give the text back, but for Unicode's composition (NFC), so that bits per byte are earned.
     """
 
     source: str
@@ -40,6 +42,7 @@ class DocumentScore:
     tokens: int
     bytes: int
     nll: float
+    whole: bool = True
 
     @property
     def bits_per_byte(self) -> float:
@@ -116,7 +119,15 @@ def score_texts(
         for owner, result in zip(owners, subject.score(requests, batch_size, progress), strict=True):
             nll[owner] -= result.logprob
         scores += [
-            DocumentScore(document.source, document.number, domain, len(ids), document.bytes, sum_)
+            DocumentScore(
+                document.source,
+                document.number,
+                domain,
+                len(ids),
+                document.bytes,
+                sum_,
+                _same(document.text, subject.tokenizer.decode(ids)),
+            )
             for (document, domain), ids, sum_ in zip(chunk, encoded, nll, strict=True)
             if ids
         ]
@@ -125,12 +136,14 @@ def score_texts(
     return scores
 
 
-def summary(scores: Sequence[DocumentScore], lossless: bool = True) -> dict[str, Any]:
+def _same(text: str, decoded: str) -> bool:
+    return text == decoded or unicodedata.normalize("NFC", text) == decoded
+
+
+def summary(scores: Sequence[DocumentScore]) -> dict[str, Any]:
     """Sums over documents: tokens, bytes, nats per token, perplexity, bits per byte.
 
-    Args:
-        scores: of some documents.
-        lossless: the tokenizer keeps every byte; otherwise bits per byte would flatter it, and are None.
+    Bits per byte are None where the tokenizer loses part of a text, as they would flatter it.
     """
     tokens, size, nll = (sum(getattr(s, name) for s in scores) for name in ("tokens", "bytes", "nll"))
     return {
@@ -140,13 +153,13 @@ def summary(scores: Sequence[DocumentScore], lossless: bool = True) -> dict[str,
         "nll": nll,
         "loss": nll / tokens,
         "perplexity": math.exp(min(nll / tokens, 700.0)),
-        "bits_per_byte": nll / math.log(2) / size if lossless else None,
+        "bits_per_byte": nll / math.log(2) / size if all(s.whole for s in scores) else None,
     }
 
 
-def by_domain(scores: Sequence[DocumentScore], lossless: bool = True) -> dict[str, dict[str, Any]]:
+def by_domain(scores: Sequence[DocumentScore]) -> dict[str, dict[str, Any]]:
     """`summary` of each domain, in the order of their first documents."""
     domains: dict[str, list[DocumentScore]] = {}
     for entry in scores:
         domains.setdefault(entry.domain, []).append(entry)
-    return {name: summary(found, lossless) for name, found in domains.items()}
+    return {name: summary(found) for name, found in domains.items()}
