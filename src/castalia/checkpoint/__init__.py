@@ -9,7 +9,14 @@ mirror  whole checkpoints <-> a URL
 
 from castalia.checkpoint.background import Background
 from castalia.checkpoint.layout import step_name, verify_checkpoint
-from castalia.checkpoint.load import Checkpoint, find_checkpoint, load_checkpoint, read_state, tensor_shapes
+from castalia.checkpoint.load import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_state,
+    tensor_shapes,
+)
 from castalia.checkpoint.lock import RunLock
 from castalia.checkpoint.mirror import Mirror, MirrorFailed
 from castalia.checkpoint.save import CheckpointNotSaved, save_checkpoint
@@ -25,6 +32,7 @@ __all__ = [
     "RunLock",
     "find_checkpoint",
     "load_checkpoint",
+    "load_weights",
     "read_state",
     "save_checkpoint",
     "step_name",

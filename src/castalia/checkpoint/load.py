@@ -143,6 +143,24 @@ def load_checkpoint(
         ) from cause
 
 
+def load_weights(path: Path, weights: Mapping[str, Any], *, only: str = "model.") -> None:
+    """Read the weights to use: running means of them where the checkpoint keeps such, as validation takes them.
+
+    Args:
+        path: the checkpoint's directory.
+        weights: to be overwritten, by canonical name (`model.<name>`).
+        only: see load_checkpoint.
+
+    Raises:
+        UserError: see load_checkpoint.
+    """
+    load_checkpoint(path, weights, only=only)
+    means = {f"optimizer.{name.removeprefix('model.')}.average": weight for name, weight in weights.items()}
+    kept = tensor_shapes(path).keys() & means.keys()
+    if kept and read_state(path)["updates"]:  # before the first update they are of nothing yet
+        load_checkpoint(path, {name: means[name] for name in kept}, only="\0")  # no name begins so: these alone
+
+
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of each tensor in a checkpoint.
 

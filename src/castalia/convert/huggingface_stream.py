@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.checkpoint import Piece, load_checkpoint
+from castalia.checkpoint import Piece, load_weights
 from castalia.convert.huggingface_files import Part
 from castalia.convert.table import Row, row_to_ours, row_to_theirs
 from castalia.errors import UserError
@@ -94,7 +94,7 @@ def theirs_later(rows: Sequence[Row], checkpoint: Path, shapes: Mapping[str, tup
         def make() -> dict[str, Tensor]:
             read = {name: torch.empty(shapes[name]) for name in row.ours}
             for name, tensor in read.items():
-                load_checkpoint(checkpoint, {f"model.{name}": tensor}, only=f"model.{name}")
+                load_weights(checkpoint, {f"model.{name}": tensor}, only=f"model.{name}")
             return row_to_theirs(row, read, "the weights")
 
         return Part(theirs, make)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from castalia.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, read_state, verify_checkpoint
+from castalia.checkpoint import Checkpoint, find_checkpoint, load_weights, read_state, verify_checkpoint
 from castalia.checkpoint.layout import MANIFEST
 from castalia.config import Config, load
 from castalia.config.load import check_values
@@ -54,7 +54,7 @@ def load_run(
     with torch.device("meta"):
         model = Transformer(config.model.model_copy(update=longest))
     model.to_empty(device=device)
-    load_checkpoint(checkpoint.path, {f"model.{k}": v for k, v in model.state_dict().items()}, only="model.")
+    load_weights(checkpoint.path, {f"model.{k}": v for k, v in model.state_dict().items()})
     cast_matrices(model, dtype)
     return model.eval(), tokenizer
 

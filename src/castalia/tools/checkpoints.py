@@ -19,7 +19,7 @@ import torch
 
 from castalia.checkpoint import (
     find_checkpoint,
-    load_checkpoint,
+    load_weights,
     read_state,
     save_checkpoint,
     tensor_shapes,
@@ -79,7 +79,7 @@ def listed(name: str | os.PathLike[str]) -> list[Row]:
 
 
 def slim(source: Path, output: Path, step: int | None = None) -> Path:
-    """Copy a checkpoint's weights, settings and tokenizer into a new run's folder.
+    """Copy a checkpoint's weights (their means, where it keeps such), settings and tokenizer into a new run's folder.
 
     Args:
         source: a run, or one checkpoint.
@@ -97,7 +97,7 @@ def slim(source: Path, output: Path, step: int | None = None) -> Path:
     path = _chosen(source, step)
     state = read_state(path)
     weights = {n: torch.empty(shape) for n, shape in tensor_shapes(path).items() if n.startswith("model.")}
-    load_checkpoint(path, weights, only="model.")
+    load_weights(path, weights)
     tokenizer = next((f for f in (path / TOKENIZER, path.parent.parent / TOKENIZER) if f.is_file()), None)
     files = {} if tokenizer is None else {TOKENIZER: tokenizer.read_bytes()}
     writing = output.with_name(f".writing-{output.name}")

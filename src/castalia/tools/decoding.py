@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from castalia.checkpoint import Piece, load_checkpoint
+from castalia.checkpoint import Piece, load_weights
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
@@ -84,7 +84,7 @@ def opened(
         from castalia.parallel.inference import make_part
 
         part, links, held = make_part(config, mesh)
-        load_checkpoint(checkpoint.path, {f"model.{n}": Piece(*what) for n, what in held.items()}, only="model.")
+        load_weights(checkpoint.path, {f"model.{n}": Piece(*what) for n, what in held.items()})
         if not int8:
             cast_matrices(part, dtype, links.last)
         yield Decoder(part, int8, links), tokenizer

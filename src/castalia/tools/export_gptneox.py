@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.checkpoint import find_checkpoint, load_checkpoint, read_state, tensor_shapes, verify_checkpoint
+from castalia.checkpoint import find_checkpoint, load_weights, read_state, tensor_shapes, verify_checkpoint
 from castalia.checkpoint.layout import MANIFEST
 from castalia.config import ModelConfig
 from castalia.config.load import check_values
@@ -136,7 +136,7 @@ def _from_castalia(source: Path, step: int | None, layout: Layout) -> _Source:
 
     def read(names: Sequence[str]) -> dict[str, Tensor]:
         tensors = {f"model.{n}": torch.empty(shapes.get(f"model.{n}", ())) for n in names}
-        load_checkpoint(path, tensors, only="\0")  # no name begins so: these tensors alone
+        load_weights(path, tensors, only="\0")  # no name begins so: these tensors alone
         return {n: tensors[f"model.{n}"] for n in names}
 
     tokenizer = next((f for f in (path / "tokenizer.json", path.parents[1] / "tokenizer.json") if f.is_file()), None)

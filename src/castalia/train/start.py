@@ -21,6 +21,7 @@ from castalia.checkpoint import (
     Checkpoint,
     find_checkpoint,
     load_checkpoint,
+    load_weights,
     read_state,
     tensor_shapes,
     verify_checkpoint,
@@ -134,7 +135,7 @@ def _from_castalia(run: Run, found: Checkpoint, cfg: StartConfig) -> tuple[int, 
     there, mine = tensor_shapes(found.path), run.store.tensors()
     if not cfg.optimizer:
         wanted = {n: t for n, t in mine.items() if n.startswith("model.") and (n in there or n not in _ADDED)}
-        load_checkpoint(found.path, wanted, only="model.")
+        load_weights(found.path, wanted)
         go_on(run, 0, 0, 0)
         return found.step, str(found.path), ()
     moments = [{n for n in names if n.startswith("optimizer.")} for names in (there, mine)]
