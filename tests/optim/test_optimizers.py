@@ -253,6 +253,7 @@ def test_eight_bits_follow_adamw_and_are_small() -> None:
     [
         ({"type": "lion", "momentum": 0.5}, "momentum"),
         ({"type": "adamw", "nesterov": True}, "nesterov"),
+        ({"type": "sgd", "nesterov": True, "momentum": 0.0}, "momentum"),
         ({"type": "adafactor", "betas": [0.8, 0.9]}, "betas"),
         ({"type": "muon", "precondition_every": 3}, "precondition_every"),
         ({"type": "schedule_free", "average": 0.99}, "average"),

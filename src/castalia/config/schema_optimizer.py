@@ -62,6 +62,8 @@ class OptimizerConfig(Section):
             if not self.uses(key) and getattr(self, key) != type(self).model_fields[key].default:
                 takers = ", ".join(sorted(types))
                 raise ValueError(f"optimizer.{key}: '{self.type}' has no use for it (of use to {takers})")
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov looks a step of momentum ahead: give optimizer.momentum above 0")
         if self.average is not None and self.type == "schedule_free":
             raise ValueError("optimizer.average: schedule_free keeps its own average: remove the setting")
         return self
