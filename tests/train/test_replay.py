@@ -36,6 +36,14 @@ def test_a_step_comes_out_the_same_from_a_checkpoint_and_from_the_start(values, 
         replay(run.directory, 13)
 
 
+def test_a_soft_prompt_begins_with_its_text(values):
+    prompt = {"soft_prompt_tokens": 4, "soft_prompt_text": "the cat"}
+    values |= {"model": values["model"] | prompt | {"hidden_dropout": 0.0}, "tokenizer": {"path": "byte"}}
+    run = train(Config.model_validate(values | {"checkpoint": {"interval": None}}), quiet=True)
+    found = replay(run.directory, 3)
+    assert found.start == 0 and found.largest_difference() == 0
+
+
 def test_a_record_that_does_not_agree_is_told(values):
     run = train(Config.model_validate(values), quiet=True)
     path = run.directory / "metrics.jsonl"

@@ -21,6 +21,7 @@ from castalia.config.load import check_values
 from castalia.data.exclusions import Exclusions
 from castalia.data.loader import Loader, Shard
 from castalia.errors import UserError
+from castalia.model.soft_prompt import prompt_from_tokens
 from castalia.optim import learning_rate
 from castalia.optim.loss_scale import LossScaler
 from castalia.parallel.mesh import local_mesh
@@ -87,6 +88,9 @@ def replay(folder: Path, step: int, autopsy: bool = False) -> Replayed:
             scaler.restore(state.get("loss_scale"))
     elif config.start.path is not None:
         raise UserError(f"{folder}: began from {config.start.path}, and no checkpoint lies before step {step}")
+    elif config.model.soft_prompt_text is not None and data.tokenizer is not None:
+        prompt_from_tokens(parts.model, data.tokenizer.encode(config.model.soft_prompt_text))
+        parts.store.refresh()
     out = Replayed(0 if start is None else start.step)
     logged = {r["step"]: r for r in read_metrics(folder / "metrics.jsonl") if r.get("kind") == "train"}
     loader = _loader(data, config)
