@@ -53,7 +53,10 @@ from castalia.errors import UserError
             "model: {position: learned, position_offset: 2, max_position_embeddings: 512}",
             "data.seq_length 512 with model.position_offset 2 is beyond model.max_position_embeddings 512",
         ),
-        ("schedule: {type: wsd, arithmetic: gptneox_main}", "schedule.type wsd is unknown to schedule.arithmetic gptneox_main"),
+        (
+            "schedule: {type: wsd, arithmetic: gptneox_main}",
+            "schedule.type wsd is unknown to schedule.arithmetic gptneox_main",
+        ),
     ],
 )
 def test_values_that_contradict_each_other(text: str, message: str) -> None:
