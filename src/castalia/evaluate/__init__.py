@@ -1,1 +1,1 @@
-"""Evaluation: perplexity and bits per byte of a model on token data."""
+"""Evaluation: tasks, texts and token data, and two models on the same items (docs/evaluate.md)."""
