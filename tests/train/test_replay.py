@@ -41,7 +41,7 @@ def test_a_soft_prompt_begins_with_its_text(values):
     values |= {"model": values["model"] | prompt | {"hidden_dropout": 0.0}, "tokenizer": {"path": "byte"}}
     run = train(Config.model_validate(values | {"checkpoint": {"interval": None}}), quiet=True)
     found = replay(run.directory, 3)
-    assert found.start == 0 and found.largest_difference() == 0
+    assert found.start == 0 and found.largest_difference() < 1e-6  # a mistaken beginning: 0.6
 
 
 def test_a_record_that_does_not_agree_is_told(values):
