@@ -5,12 +5,13 @@
 
 The model does not know the losses' coefficients: it notes what happened, the engine weighs it.
 A dictionary by layer, so that a layer that is recomputed in backward notes the same thing twice.
+Collected is a plain class, since FSDP2 hands wrapped layers a copy of each dataclass that holds
+differentiable tensors, and what is noted in a copy is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,6 @@ class Routing(NamedTuple):
     chosen: Tensor
 
 
-@dataclass
 class Collected:
     """Filled by a forward pass that is given one.
 
@@ -40,8 +40,9 @@ class Collected:
         ahead: fp32 `[B, S, h]` of each such module: place i of the d-th predicts label i + d.
     """
 
-    routing: dict[int, Routing] = field(default_factory=dict)
-    ahead: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.routing: dict[int, Routing] = {}
+        self.ahead: list[Tensor] = []
 
 
 def expert_counts(routing: Routing) -> Tensor:

@@ -133,12 +133,6 @@ def check_layout(config: Config, layout: Layout) -> None:
             f"parallel.expert {layout.expert} is more than model.moe_num_experts {config.model.moe_num_experts}: "
             "lower it"
         )
-    losses = config.loss.moe_balance > 0 or config.loss.moe_z_loss > 0
-    if layout.zero and config.model.moe_num_experts and losses:
-        raise UserError(
-            "loss.moe_balance and loss.moe_z_loss go back into layers whose weights ZeRO has put away: set "
-            "parallel.zero=0, or balance with model.moe_bias_rate"
-        )
     if layout.tensor > 1:
         _check_tensor(config.model, layout, config.data.seq_length)
     if layout.context > 1:
@@ -150,8 +144,6 @@ def check_layout(config: Config, layout: Layout) -> None:
             "parallel.offload parameters fetches the weights layer by layer from several ranks, and ZeRO spreads over "
             "one here: set parallel.offload=optimizer, or start more processes"
         )
-    if layout.world > 1 and (config.logging.norms or config.logging.zero_gradients):
-        raise UserError("logging.norms and logging.zero_gradients look at one process's weights: leave them out")
     if layout.world > 1 and config.model.soft_prompt_text is not None and (layout.zero or layout.tensor > 1):
         raise UserError("model.soft_prompt_text needs whole tables: set parallel.zero=0 and parallel.tensor=1")
     if config.training.precision == "fp8" and (config.performance.compile or config.parallel.schedule == "zero_bubble"):
