@@ -8,6 +8,7 @@ raised is our defect and keeps its traceback (docs/contracts.md, section 2).
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -107,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        return _fail(f"{where}{error.strerror}: mend that, or choose another place", 2)
+        # A write to a full disk names no file.
+        mend = "free some where the output goes" if error.errno == errno.ENOSPC else "mend that"
+        return _fail(f"{where}{error.strerror}: {mend}, or choose another place", 2)
     except MemoryError as error:
         return _fail(f"not enough memory{f' ({error})' if str(error) else ''}: ask for smaller sizes", 2)
     except RuntimeError as error:  # torch's word for the same, on a CPU and on other devices
