@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from castalia.config import Config
+from castalia.config.derive import derive
+from castalia.config.load import from_yaml
+from castalia.data.loader import Batch
+from castalia.parallel.layout import layout_of
+from castalia.parallel.mesh import Mesh
+from castalia.parallel.parallelize import check_model
+from castalia.parallel.testing import run_in_processes
+from castalia.train.assemble import assemble
 from castalia.train.metrics import read_metrics
+from castalia.train.norms import Norms
 from castalia.train.run import Run, train
 
 
@@ -60,5 +69,39 @@ def test_only_what_is_asked_for(tiny_values):
 
 
 def test_off_measures_nothing(tiny_values, monkeypatch):
-    monkeypatch.setattr("castalia.train.norms.l2_norm", lambda tensors: 1 / 0)
+    monkeypatch.setattr("castalia.train.norms.sum_of_squares", lambda tensor: 1 / 0)
     assert norms_of(train(Config.model_validate(tiny_values), quiet=True)) == []
+
+
+TEXT = (
+    "model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 4, vocab_size: 32, max_position_embeddings: 8}}\n"
+    "data: {{seq_length: 8}}\ntraining: {{steps: 9, batch_size: 8, micro_batch_size: 2}}\n"
+    "logging: {{norms: [gradient, parameter, optimizer], zero_gradients: true}}\n"
+    "optimizer: {{type: {}}}\nparallel: {{{}}}\n"
+)
+
+
+def measured(world, optimizer, parallel):
+    """What one update of known samples gives."""
+    config = derive(from_yaml(TEXT.format(optimizer, parallel), "f.yml"), 32)[0]
+    mesh = Mesh(layout_of(config.parallel, world.size), world)
+    check_model(config, mesh.layout)
+    parts, norms = assemble(config, mesh), Norms(config.logging)
+    ids = torch.randint(0, 16, (8, 9), generator=torch.Generator().manual_seed(0))  # half the vocabulary
+    rows = torch.arange(8).view(-1, mesh.layout.data, 2)[:, mesh.data_rank]
+    places = torch.arange(8).repeat(2, 1)
+    parts.engine.forward_backward([Batch(ids[i, :-1], ids[i, 1:], places, sample_ids=i) for i in rows], 64)
+    norms.before_update(parts.store)
+    parts.store.step(1e-3)
+    return norms.after_update(parts.store)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("parallel", ["", "zero: 3", "tensor: 2", "pipeline: 2"])
+def test_every_layout_measures_the_whole(parallel, optimizer):
+    (alone,) = run_in_processes(1, measured, optimizer, "")
+    assert alone["zero_gradients"]["embedding.weight"] >= 0.5
+    for numbers in run_in_processes(2, measured, optimizer, parallel):
+        assert numbers.keys() == alone.keys()
+        for kind, values in alone.items():
+            assert numbers[kind] == pytest.approx(values, rel=1e-4, abs=1e-7), kind

@@ -128,15 +128,39 @@ class SpreadStore:
             total += sum_of_squares(part) / self._places[name].copies
         return self._mesh.sum_tensor(total, *AXES).sqrt().float()
 
+    def totals(self, amounts: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Amounts of all ranks' parts together, each part once, in one collective operation.
+
+        Args:
+            amounts: of this rank's parts of everything that `tensors` names, as many of each; zeros where it has none.
+        """
+        names, flat = sorted(amounts), list[float]()
+        for key in names:
+            name, whole = self._named(key)
+            each = self._places[name].copies if name in self._places and not whole else 1
+            flat += [float(any(amounts[key])), *(amount / each for amount in amounts[key])]
+        flat = self._mesh.sum(flat, *AXES)
+        width, out = len(flat) // len(names), {}
+        for i, key in enumerate(names):
+            holders, *sums = flat[i * width : (i + 1) * width]
+            copies = max(holders, 1.0) if self._named(key)[1] else 1.0  # alike wherever there is one
+            out[key] = [total / copies for total in sums]
+        return out
+
+    def _named(self, key: str) -> tuple[str, bool]:
+        """The parameter that one of `tensors` belongs to, and whether each rank that has it has all of it."""
+        kind, _, rest = key.partition(".")
+        name, _, state = (rest, "", "") if kind == "model" else rest.rpartition(".")
+        return name, state in self._whole_states(name, self._shapes[name])
+
     def tensors(self) -> dict[str, Any]:
         """See WeightStore; Pieces where a rank holds a part."""
         out: dict[str, Any] = {}
         for key, tensor in self.inner.tensors().items():
-            kind, _, rest = key.partition(".")
-            name, _, state = (rest, "", "") if kind == "model" else rest.rpartition(".")
-            place = self._places[name]
             # By name, not by shape: a square state of a whole matrix may be shaped as a rank's part of the matrix.
-            if state in self._whole_states(name, place.shape):
+            name, whole = self._named(key)
+            place = self._places[name]
+            if whole:
                 out[key] = Piece(tensor, tensor.shape, (0,) * tensor.ndim)
             else:
                 out[key] = Piece(tensor, place.shape, place.offset)

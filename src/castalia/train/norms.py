@@ -2,17 +2,22 @@
 
 For looking into a run that misbehaves. It is off unless asked for, and costs a pass over
 what is asked for every logging.interval steps. Gradients are those of the whole batch,
-before clipping; weights and moments are those after the update.
+before clipping; weights and moments are those after the update. With several processes, each
+measures its parts, and one sum over all of them makes the numbers of the whole.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from castalia.checkpoint.tensors import Piece
 from castalia.config import LoggingConfig
 from castalia.optim import WeightStore
-from castalia.optim.weights import l2_norm
+from castalia.optim.weights import sum_of_squares
+from castalia.parallel.store import SpreadStore
 
 Numbers = dict[str, dict[str, float]]
 
@@ -26,38 +31,51 @@ class Norms:
 
     def __init__(self, cfg: LoggingConfig) -> None:
         self._which, self._zeros = cfg.norms, cfg.zero_gradients
-        self._gradients: Numbers = {}
+        self._gradients: dict[str, list[float]] = {}
 
     @property
     def wanted(self) -> bool:
         """Whether anything is asked for."""
         return bool(self._which) or self._zeros
 
+    @torch.no_grad()
     def before_update(self, store: WeightStore) -> None:
-        """Measure the gradients, which the update may use up."""
-        gradients = store.gradients() if self._zeros or "gradient" in self._which else {}
+        """Measure this process's gradients, which the update may use up: squares, zeros, numbers in all."""
         self._gradients = {}
-        if "gradient" in self._which:
-            self._gradients["gradient"] = _norms(gradients)
-        if self._zeros:
-            self._gradients["zero_gradients"] = {n: (g == 0).double().mean().item() for n, g in gradients.items()}
+        if self._zeros or "gradient" in self._which:
+            for name, gradient in store.gradients().items():
+                zeros = (gradient == 0).sum().item() if self._zeros else 0.0
+                self._gradients[name] = [_square(gradient), zeros, gradient.numel()]
 
+    @torch.no_grad()
     def after_update(self, store: WeightStore) -> Numbers:
-        """Everything, by kind and then by name; an optimizer's are called `<parameter>_<moment>`."""
-        tensors = store.tensors()
-        numbers = dict(self._gradients)
+        """Everything, by kind and then by name; an optimizer's are called `<parameter>_<moment>`.
+
+        Every process calls it, and gets the same numbers.
+        """
+        amounts: dict[str, list[float]] = {}
+        held: dict[str, Any] = store.tensors()
+        for key, tensor in held.items():
+            kind, _, name = key.partition(".")
+            asked = {"model": "parameter"}.get(kind, kind) in self._which
+            part = tensor.local if isinstance(tensor, Piece) else tensor
+            gradient = self._gradients.get(name, [0.0] * 3) if kind == "model" else [0.0] * 3
+            amounts[key] = [_square(part) if asked else 0.0, *gradient]
+        totals = store.totals(amounts) if isinstance(store, SpreadStore) else amounts
+        weights = {n.removeprefix("model."): t for n, t in totals.items() if n.startswith("model.")}
+        trained = {name: total for name, total in weights.items() if total[3]}
+        numbers: Numbers = {}
+        if "gradient" in self._which:
+            numbers["gradient"] = {name: total[1] ** 0.5 for name, total in trained.items()}
+        if self._zeros:
+            numbers["zero_gradients"] = {name: total[2] / total[3] for name, total in trained.items()}
         if "parameter" in self._which:
-            numbers["parameter"] = _norms(_below("model.", tensors))
+            numbers["parameter"] = {name: total[0] ** 0.5 for name, total in weights.items()}
         if "optimizer" in self._which:
-            moments = {"_".join(n.rsplit(".", 1)): t for n, t in _below("optimizer.", tensors).items()}
-            numbers["optimizer"] = _norms(moments)
+            moments = {n.removeprefix("optimizer."): t for n, t in totals.items() if n.startswith("optimizer.")}
+            numbers["optimizer"] = {"_".join(n.rsplit(".", 1)): total[0] ** 0.5 for n, total in moments.items()}
         return numbers
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-@torch.no_grad()
-def _norms(tensors: dict[str, Tensor]) -> dict[str, float]:
-    return {name: l2_norm([tensor]).item() for name, tensor in tensors.items()}
+def _square(part: Tensor) -> float:
+    return float(sum_of_squares(part).item())
