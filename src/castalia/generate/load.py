@@ -80,7 +80,10 @@ def open_run(path: Path, step: int | None) -> tuple[Config, Checkpoint]:
             raise UserError(f"{path} is the checkpoint of step {state['step']}: give the run's folder to choose a step")
         return check_values(state["config"], str(path)), Checkpoint(path, state["step"])
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is not a run directory: it has no config.yaml; give one that `train` wrote")
+        raise UserError(
+            f"{path} is not a run directory: it has no config.yaml; give one that `train` wrote, or make one of other "
+            "weights with `castalia import`"
+        )
     checkpoint = find_checkpoint(path / "checkpoints", step)
     if checkpoint is None:
         raise UserError(f"{path} has no checkpoint yet: wait for the first, or train further")
