@@ -284,6 +284,7 @@ def train_small(
         lr = learning_rate(step, config.optimizer.lr, config.schedule, steps)
         clip = config.optimizer.clip_grad
         parts.store.step(lr, (norm + 1e-6) / clip if clip and norm > clip else None)
+        parts.engine.updated()
     for name, tensor in parts.store.tensors().items():
         if name.startswith("model.") and getattr(tensor, "local", tensor).numel():
             short = name.removeprefix("model.")
