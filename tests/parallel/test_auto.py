@@ -49,3 +49,23 @@ def test_what_does_not_fit_is_refused():
         choose_layout(config_of(), 2, 2, 10**8)
     with pytest.raises(UserError, match=r"is legal for this run: training\.batch_size"):
         choose_layout(config_of("pipeline: 2"), 6, 1, 10**11)
+
+
+def test_a_run_writes_down_what_was_chosen(tmp_path, monkeypatch):
+    from castalia.cli import main
+    from castalia.config import load
+    from castalia.data.prepare import prepare
+    from castalia.data.tokenizer import load_tokenizer
+
+    (tmp_path / "a.txt").write_text("the cat sat on a mat " * 200)
+    prepare([tmp_path / "a.txt"], tmp_path / "tokens", load_tokenizer("byte"))
+    path = tmp_path / "run.yml"
+    path.write_text(
+        f"output: {tmp_path / 'run'}\ndata: {{path: {tmp_path / 'tokens'}, split: '1,0,0', seq_length: 16}}\n"
+        "model: {num_layers: 2, hidden_size: 16, num_attention_heads: 2}\nparallel: {layout: auto}\n"
+        "training: {steps: 1, batch_size: 4, micro_batch_size: 2}\nevaluation: {interval: null, at_end: false}\n"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["train", str(path), "--procs", "2", "--no-report"]) == 0
+    written = load([tmp_path / "run" / "config.yaml"]).parallel
+    assert (written.layout, written.zero, written.tensor, written.pipeline) == ("given", 0, 1, 1)

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
         from castalia.parallel.launch import supervise
         from castalia.parallel.layout import check_layout, layout_of
 
-        check_layout(derive(config)[0], layout_of(config.parallel, procs))
+        if config.parallel.layout == "given":
+            check_layout(derive(config)[0], layout_of(config.parallel, procs))
         flags = [f"--{flag}" for flag in ("accept", "quiet", "verbose", "no-report", "json") if _given(args, flag)]
         flags += [] if args.step is None else ["--step", str(args.step)]
         hang_timeout = config.performance.hang_timeout

@@ -12,6 +12,11 @@ from castalia.config.section import Section, setting
 class ParallelConfig(Section):
     """How a run is spread over processes; what is left of them after these sizes is data parallel."""
 
+    layout: Literal["given", "auto"] = setting(
+        "given",
+        "auto: zero, tensor and pipeline, where they are not given, become the plainest that fits into the memory",
+        "performance",
+    )
     zero: Literal[0, 1, 2, 3] = setting(
         0, "ZeRO: 1 spreads optimizer state, 2 gradients too, 3 weights too, over data-parallel ranks", "performance"
     )

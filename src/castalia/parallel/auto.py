@@ -38,7 +38,7 @@ def choose_layout(config: Config, world: int, local_world: int, memory: int) -> 
     for pipeline in _sizes(given, "pipeline", world):
         for tensor in _sizes(given, "tensor", local_world):
             for zero in [given.zero] if given.zero else range(4):
-                sizes = {"pipeline": pipeline, "tensor": tensor, "zero": zero}
+                sizes = {"layout": "given", "pipeline": pipeline, "tensor": tensor, "zero": zero}
                 try:
                     chosen = ParallelConfig.model_validate(given.model_dump() | sizes)
                     layout = layout_of(chosen, world)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from castalia.errors import UserError
 from castalia.parallel.layout import AXES, Layout
 from castalia.parallel.world import World
 
@@ -175,6 +176,25 @@ class Mesh:
         import torch.distributed as dist
 
         return dist.new_group(backend="gloo")
+
+
+def agree(world: World, layout: str) -> None:
+    """Refuse to go on where the first process has another layout: groups made by two of them would never meet.
+
+    Raises:
+        UserError: it has.
+    """
+    if world.size == 1:
+        return
+    import torch.distributed as dist
+
+    box = [layout]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] != layout:
+        raise UserError(
+            f"rank {world.rank} has another parallel: section than rank 0 ({layout} here, {box[0]} there): give all "
+            "the same files, and sizes instead of parallel.layout auto where hosts differ in memory"
+        )
 
 
 def local_mesh(device: torch.device | str = "cpu") -> Mesh:

@@ -81,6 +81,21 @@ def enter_world(device: str | None = None) -> World:
     return World(rank, size, chosen, local)
 
 
+def processes_here(world: World) -> int:
+    """Processes of the job on this host, by the launcher's word; without it, all of them."""
+    return _number("LOCAL_WORLD_SIZE", world.size)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of an accelerator's memory; None where torch cannot tell, or the device is a CPU."""
+    if device.type == "cpu":
+        return None
+    try:
+        return int(torch.accelerator.get_memory_info(device)[1])
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+
+
 def launched() -> bool:
     """Whether a launcher has started this process as one of a job."""
     return bool(os.environ.get("WORLD_SIZE") or scheduler_variables(os.environ))

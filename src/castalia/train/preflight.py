@@ -27,9 +27,10 @@ from castalia.model.initial import INITIALISERS
 from castalia.model.size import ModelSize, model_size, parameter_shapes
 from castalia.model.transformer import Transformer
 from castalia.optim.optimizers import optimizer_kind
+from castalia.parallel.auto import choose_layout
 from castalia.parallel.layout import layout_of
 from castalia.parallel.parallelize import check_model
-from castalia.parallel.world import World, enter_world
+from castalia.parallel.world import World, device_memory, enter_world, processes_here
 from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats, unread_sources
 from castalia.train.evaluation import check_tasks
 from castalia.train.start import check_start
@@ -81,6 +82,9 @@ def prepare_run(config: Config) -> Prepared:
     size = model_size(full)
     check_directory(full.run_dir)
     world = enter_world(full.performance.device)
+    if full.parallel.layout == "auto":
+        full, line = _chosen(full, world)
+        derivation = [*derivation, line]
     check_model(full, layout_of(full.parallel, world.size))
     check_tasks(full, layout_of(full.parallel, world.size), tokenizer)
     if full.training.precision == "fp8" and (problem := missing_float8(world.device)):
@@ -105,6 +109,16 @@ def prepare_run(config: Config) -> Prepared:
     return Prepared(
         full, [*derivation, *repeats(data)], tokenizer, size, world, data, _warnings(full, data, tokenizer, steps)
     )
+
+
+def _chosen(config: Config, world: World) -> tuple[Config, str]:
+    """The configuration with a layout of its own, and why."""
+    here, total = processes_here(world), memory_bytes()
+    memory = device_memory(world.device) or (total // here if world.device.type == "cpu" and total else None)
+    if memory is None:
+        raise UserError("parallel.layout auto: this machine does not tell its memory: give the sizes of parallel:")
+    parallel, (line,) = choose_layout(config, world.size, here, memory)
+    return config.model_copy(update={"parallel": parallel}), line
 
 
 def _warnings(config: Config, data: RunData, tokenizer: Tokenizer | None, steps: int) -> list[str]:

@@ -33,7 +33,7 @@ from castalia.optim.offload import offload_text
 from castalia.optim.weights import working_dtype
 from castalia.parallel.heartbeat import heartbeat
 from castalia.parallel.layout import layout_of
-from castalia.parallel.mesh import Mesh
+from castalia.parallel.mesh import Mesh, agree
 from castalia.parallel.world import joined, peak_memory
 from castalia.train.assemble import assemble
 from castalia.train.console import Console, human
@@ -148,6 +148,7 @@ class Run:
             self.beat = opened.enter_context(heartbeat(self.world.rank, self.world.size, timeout))
             opened.enter_context(joined(self.world))
             self.beat("assembling the run")
+            agree(self.world, self.config.parallel.model_dump_json())
             self.mesh = Mesh(layout_of(self.config.parallel, self.world.size), self.world)
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             opened.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
