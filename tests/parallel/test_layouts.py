@@ -161,6 +161,7 @@ def test_a_fault_is_named_in_layers_that_are_computed_again(config_of):
             "model.moe_router sinkhorn needs whole sequences",
         ),
         ({"tensor": 2, "procs": 2}, ("model.qk_norm=true",), "model.qk_norm with model.norm layernorm"),
+        ({"pipeline": 2, "procs": 2, "schedule": "zero_bubble"}, ("model.position=rpe",), "model.position rpe's table"),
         ({"pipeline": 5, "procs": 5}, (), "model.num_layers 4 is less than the 5 stages"),
         ({"pipeline": 2, "procs": 4, "zero": 1, "schedule": "zero_bubble"}, (), "zero_bubble splits the backward pass"),
         ({"tensor": 2, "procs": 2, "performance.compile": True}, (), "performance.compile"),

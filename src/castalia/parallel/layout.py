@@ -232,6 +232,11 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
         )
     if config.performance.recompute != "none" and config.parallel.schedule == "zero_bubble":
         raise UserError("parallel.schedule zero_bubble goes back twice: set performance.recompute=none")
+    if model.position == "rpe" and config.parallel.schedule == "zero_bubble":
+        raise UserError(
+            "parallel.schedule zero_bubble leaves out the gradient of model.position rpe's table, which all layers "
+            "share: use another schedule"
+        )
     if layout.zero and config.parallel.schedule == "zero_bubble":
         raise UserError("parallel.schedule zero_bubble splits the backward pass, ZeRO does not: set parallel.zero=0")
     micro = config.training.batch_size // (config.micro_batch_size * layout.data)
