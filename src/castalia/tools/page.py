@@ -1,9 +1,9 @@
 """The look of a report: style sheet, the read-out's script, and the frame around the body.
 
 Everything is inside the page and nothing is fetched: system fonts, colours as CSS
-variables with a light and a dark set, charts switched between step, tokens and time by
-radio buttons and CSS alone. The one script adds the read-out under the pointer; without
-it the page is complete.
+variables with a light and a dark set (paper takes the light one), charts switched between
+step, tokens, time and FLOPs, averaged or not, by radio buttons and CSS alone. The one script
+adds the read-out under the pointer; without it the page is complete.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ def _palette(colours: tuple[str, ...]) -> str:
     return "".join(f"--c{i}:{c};" for i, c in enumerate(colours))
 
 
+# The x axes that charts may be drawn by; report_curves.AXES says of what.
+_CHOICES = ("step", "tokens", "time", "FLOPs")
 _STYLE = (
     (
         ":root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2027;--soft:#5d6875;"
-        f"--line:#e1e5ea;--grid:#eceff3;--mark:#eef3fb;{_palette(LIGHT)}}}"
-        "@media (prefers-color-scheme:dark){:root{"
+        f"--line:#e1e5ea;--grid:#eceff3;--mark:#eef3fb;--alarm:#c22b2b;{_palette(LIGHT)}}}"
+        "@media screen and (prefers-color-scheme:dark){:root{"
         "--paper:#12151a;--card:#1a1e25;--ink:#e6e9ee;--soft:#98a3b1;"
-        f"--line:#2c323b;--grid:#262b33;--mark:#212a38;{_palette(_DARK)}}}}}"
+        f"--line:#2c323b;--grid:#262b33;--mark:#212a38;--alarm:#ff7b72;{_palette(_DARK)}}}}}"
     )
     + """
 *{box-sizing:border-box}
@@ -60,6 +62,14 @@ td.n,th.n{text-align:right;white-space:nowrap}
 td.wide{width:40%;min-width:180px;vertical-align:middle}
 .bar{display:block;height:10px;border-radius:3px;background:var(--soft);opacity:.55}
 .bar.own{background:var(--c0);opacity:1}
+td{overflow-wrap:anywhere}tbody th{overflow-wrap:break-word}
+.runs th:first-child,.diff th:first-child{min-width:9em}
+.diff thead th{white-space:normal;min-width:7em}
+.runs th,.runs td{padding:8px 12px}.runs .steps{white-space:nowrap}.runs small{white-space:normal}
+.remarks{margin:10px 0 0;padding-left:18px;font-size:13px}
+th.group{color:var(--soft);font-weight:500;font-size:13px;background:var(--paper)}
+.best{font-weight:700}
+td small{display:block;color:var(--soft);font-size:12px}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);margin-right:8px}
 .charts{display:grid;grid-template-columns:1fr 1fr;gap:14px}
 .charts .whole{grid-column:1/-1}
@@ -72,6 +82,9 @@ td.wide{width:40%;min-width:180px;vertical-align:middle}
 .curve path{fill:none;stroke:var(--c);stroke-width:1.7;stroke-linejoin:round;stroke-linecap:round}
 .curve circle,.cursor circle{fill:var(--c);stroke:var(--card);stroke-width:1.2}
 .curve.faint path{stroke-width:1;opacity:.4}
+.band path{fill:var(--c);opacity:.14}
+.mark{fill:var(--c);stroke:var(--card);stroke-width:.8}
+.mark.spike{fill:var(--alarm)} .legend .spike b{color:var(--alarm)}
 .curve.dashed path{stroke-dasharray:5 3.5;stroke-linecap:butt}
 .cursor line{stroke:var(--soft);opacity:.7}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;list-style:none;margin:0;padding:0;
@@ -79,24 +92,29 @@ font-size:12.5px;color:var(--soft)}
 .legend i{display:inline-block;width:18px;border-top:2.5px solid var(--c);
 vertical-align:middle;margin-right:6px}
 .legend .dashed i{border-top-style:dashed}
+.legend .dot{width:10px;border:0;vertical-align:0}
+.legend b{font-weight:400;margin-right:6px}
 .readout{position:absolute;pointer-events:none;top:6px;background:var(--card);border:1px solid var(--line);
 border-radius:7px;padding:6px 10px;
 font-size:12.5px;line-height:1.45;white-space:nowrap;
 z-index:1;
 box-shadow:0 3px 14px #0002;font-variant-numeric:tabular-nums}
 .readout b{font-weight:600} .readout span{float:right;margin-left:18px;font-weight:600}
+.switches{display:flex;flex-wrap:wrap;align-items:center;gap:8px 14px;padding:8px 0;margin:0 0 4px;
+position:sticky;top:0;z-index:2;background:var(--paper)}
 .switch{display:inline-flex;border:1px solid var(--line);border-radius:8px;overflow:hidden;
-background:var(--card);margin:0 0 12px;font-size:13px}
+background:var(--card);font-size:13px}
 .switch label{padding:4px 14px;cursor:pointer;color:var(--soft)}
 .switch label+label{border-left:1px solid var(--line)}
-.axes>input{position:absolute;opacity:0}
+.axes{position:relative} .axes>input{position:absolute;opacity:0}
 .by{display:none}
-#by-step:checked~.charts .by-step,
-#by-tokens:checked~.charts .by-tokens,
-#by-time:checked~.charts .by-time{display:block}
-#by-step:checked~.switch [for=by-step],#by-tokens:checked~.switch [for=by-tokens],
-#by-time:checked~.switch [for=by-time]{background:var(--mark);color:var(--ink);font-weight:600}
-.axes>input:focus-visible~.switch{outline:2px solid var(--c0)}
+"""
+    + "".join(f"#by-{a}:checked~.charts .by-{a}{{display:block}}\n" for a in _CHOICES)
+    + ",".join(f"#{c}:checked~.switches [for={c}]" for c in (*(f"by-{a}" for a in _CHOICES), "averaged", "raw"))
+    + """{background:var(--mark);color:var(--ink);font-weight:600}
+#raw:checked~.charts .mean{display:none}
+#raw:checked~.charts .faint path{opacity:1;stroke-width:1.2}
+.axes>input:focus-visible~.switches{outline:2px solid var(--c0)}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .samples{display:grid;gap:12px}
@@ -105,7 +123,10 @@ font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mon
 details{margin-top:12px} summary{cursor:pointer;font-weight:600} details[open] summary{margin-bottom:10px}
 @media (max-width:800px){main{padding:22px 14px}.charts{grid-template-columns:1fr}
 .facts{grid-template-columns:1fr 1fr}.whole .plot{overflow-x:auto}.whole svg{min-width:760px}}
-@media print{body{background:#fff}.card,.facts div{break-inside:avoid}}
+@media print{body{background:#fff;font-size:12px}main{max-width:none;padding:0}
+.switch,.readout{display:none}.switches{position:static}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.card,.facts div,tr,.chart{break-inside:avoid}h2,summary{break-after:avoid}details.card{break-inside:auto}
+.facts dd{font-size:17px}th,td{padding:5px 10px}}
 """
 )
 
@@ -130,6 +151,7 @@ for (const figure of document.querySelectorAll('.chart')) {
     for (const key in set) e.setAttribute(key, set[key]);
     return e;
   };
+  const raw = document.getElementById('raw');
   svg.addEventListener('pointerleave', hide);
   svg.addEventListener('pointermove', event => {
     const box = svg.getBoundingClientRect(), zoom = svg.viewBox.baseVal.width / box.width;
@@ -138,7 +160,9 @@ for (const figure of document.querySelectorAll('.chart')) {
     const wanted = data.x[0] + (at - left) / (right - left) * (data.x[1] - data.x[0]);
     // A curve that has ended, or not begun, says nothing here.
     const slack = (data.x[1] - data.x[0]) / 100;
-    const found = data.series.filter(s => wanted >= s.x[0] - slack && wanted <= s.x[s.x.length - 1] + slack)
+    const unseen = raw && raw.checked ? 'mean' : 'faint';
+    const found = data.series.filter(s => s.style !== unseen)
+      .filter(s => wanted >= s.x[0] - slack && wanted <= s.x[s.x.length - 1] + slack)
       .map(s => [s, nearest(s.x, wanted)]);
     if (!found.length) return hide();
     // The line stands on a measured point: the one nearest to the pointer.

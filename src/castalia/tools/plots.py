@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 HEIGHT = 260
@@ -42,8 +42,10 @@ class Series:
         label: its name in legend and read-out.
         x, y: equally long; points that are not finite leave a gap.
         colour: index of the page's colour.
-        style: `line`, `marked` (each point marked), `dashed` (the same, dashed) or `faint` (a thin pale
-            line without a legend, for raw values behind a smoothed one).
+        style: `line`, `marked` (each point marked), `dashed` (the same, dashed), `faint` (a thin pale
+            line without a legend, for raw values behind a `mean`), `mean`, or `band` (the area between `y` and
+            `high`, without a legend).
+        high: the upper edge of a band; an edge that is not finite goes to the edge of the chart.
     """
 
     label: str
@@ -51,6 +53,24 @@ class Series:
     y: Sequence[float]
     colour: int = 0
     style: str = "line"
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A sign on the x axis where something happened.
+
+    Attributes:
+        x: where.
+        kind: the word for it in the legend.
+        text: what is told when the pointer rests on it.
+        colour: index of the page's colour.
+    """
+
+    x: float
+    kind: str
+    text: str
+    colour: int = 0
 
 
 def nice_ticks(low: float, high: float, target: int = 6) -> list[float]:
@@ -100,8 +120,10 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Labels of an axis, all of one form: 2e-4 .. 1e-3, or 0 .. 15k, or plain."""
+    """Labels of an axis, all of one form where it is not too long for that: 2e-4 .. 1e-3, or 0 .. 15k, or plain."""
     most = max((abs(t) for t in ticks), default=0.0)
+    if most > 100 * min((abs(t) for t in ticks if t), default=most):
+        return [format_number(t) for t in ticks]
     if 0 < most <= 0.01:
         return ["0" if t == 0 else re.sub(r"\.?0*e", "e", f"{t:.2e}").replace("e-0", "e-") for t in ticks]
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
@@ -176,6 +198,8 @@ def chart(
     log_y: bool = False,
     zero: bool = False,
     width: int = 520,
+    marks: Sequence[Mark] = (),
+    legend: bool = True,
 ) -> str:
     """Draw curves as a self-contained `<figure>`.
 
@@ -186,6 +210,8 @@ def chart(
         log_y: logarithmic y axis; points that are not positive are left out.
         zero: the y axis begins at 0, or below if a value does.
         width: of the drawing in pixels; the page may scale it.
+        marks: signs on the x axis; those outside the curves are left out.
+        legend: name the curves; False where the page does, for all its charts.
 
     Returns:
         HTML, or an empty string if no point can be drawn.
@@ -195,12 +221,16 @@ def chart(
         return ""
     parts, data = found
     shown = {entry["label"] for entry in data["series"]}
+    marks = [mark for mark in marks if data["x"][0] <= mark.x <= data["x"][1]]
+    (left, right, _, bottom), (low, high) = data["box"], data["x"]
+    to_x = _scale(low, high, left, right, False)
+    parts += [_mark(mark, to_x(mark.x), bottom) for mark in marks]
     heading = html.escape(title)
     unit = f' <span class="unit">{html.escape(y_label)}</span>' if y_label else ""
     return "".join(
         [
             f'<figure class="chart"><figcaption><h3>{heading}{unit}</h3>',
-            _legend([s for s in series if s.label in shown]),
+            _legend([s for s in series if s.label in shown] if legend else [], marks),
             '</figcaption><div class="plot">',
             f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{heading}">',
             *parts,
@@ -219,7 +249,13 @@ def drawing(
         series, x_label, log_y, zero, width: as for `chart`.
         height: of the drawing in pixels.
     """
-    drawn = [(s, _segments(s, log_y, max(width // 3, 60))) for s in series]
+    # Many curves share the points that a page can carry.
+    buckets = max(width // 4 * 4 // max(len(series), 4), 60)
+    bands = [s for s in series if s.style == "band"]
+    # An average moves slowly.
+    drawn = [
+        (s, _segments(s, log_y, buckets // 3 if s.style == "mean" else buckets)) for s in series if s.style != "band"
+    ]
     drawn = [(s, segments) for s, segments in drawn if segments]
     if not drawn:
         return None
@@ -230,6 +266,7 @@ def drawing(
         x_high = x_low + 1
     elif 0 < x_low < 0.25 * x_high or x_low == x_high:
         x_low = 0.0  # the run began at 0, if its first record did not
+    ys += _edges(bands, min(ys), max(ys), log_y)
     y_low, y_high = _y_range(ys, log_y, zero)
     left, right = MARGIN["left"], width - MARGIN["right"]
     top, bottom = MARGIN["top"], height - MARGIN["bottom"]
@@ -250,6 +287,7 @@ def drawing(
     parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     name = f'<text class="label" x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">'
     parts.append(f"{name}{html.escape(x_label)}</text>")
+    parts += [_band(s, to_x, to_y, y_low, y_high) for s in bands]
     for s, segments in drawn:
         parts.append(_curve(s, segments, to_x, to_y))
     data = {
@@ -261,8 +299,9 @@ def drawing(
         "series": [
             {
                 "label": s.label,
+                "style": s.style,
                 "colour": s.colour % COLOURS,
-                "x": [_short(x, 7) for seg_x, _ in segments for x in seg_x],
+                "x": [_short(x, 7 if x == int(x) else 5) for seg_x, _ in segments for x in seg_x],
                 "y": [_short(y, 5) for _, seg_y in segments for y in seg_y],
             }
             for s, segments in drawn
@@ -296,6 +335,40 @@ def _segments(series: Series, log: bool, buckets: int) -> list[tuple[list[float]
     return [downsample(x, y, max(buckets * len(x) // total, 1)) for x, y in segments if x]
 
 
+def _edges(bands: Sequence[Series], low: float, high: float, log: bool) -> list[float]:
+    """Edges of bands that the y axis makes room for; of those far outside the curves' range only a part is seen."""
+    if log:
+        low, high = low / 4, high * 4
+    else:
+        low, high = low - (high - low), high + (high - low)
+    values = (v for s in bands for edge in (s.y, s.high) for v in edge if math.isfinite(v))
+    return [min(max(v, low), high) for v in values]
+
+
+def _band(
+    series: Series, to_x: Callable[[float], float], to_y: Callable[[float], float], y_low: float, y_high: float
+) -> str:
+    """The area between two edges, which end where the chart does."""
+
+    def path(edge: Sequence[float], otherwise: float) -> list[str]:
+        inside = (min(max(v, y_low), y_high) if math.isfinite(v) else otherwise for v in edge)
+        points = list(zip(series.x, inside, strict=True))
+        every = math.ceil(len(points) / 200) or 1
+        kept = points[:-1:every] + points[-1:]
+        return [f"{to_x(x):.1f} {to_y(y):.1f}" for x, y in kept]
+
+    points = path(series.y, y_low) + path(series.high, y_high)[::-1]
+    style = f'style="--c:var(--c{series.colour % COLOURS})"'
+    return f'<g class="band" {style}><path d="M{"L".join(points)}Z"/></g>' if points else ""
+
+
+def _mark(mark: Mark, x: float, bottom: float) -> str:
+    """A small triangle that stands on the axis."""
+    where = f'd="M{x:.1f} {bottom - 8}l4.5 8h-9z" style="--c:var(--c{mark.colour % COLOURS})"'
+    sign = "mark " + mark.kind.replace(" ", "-")
+    return f'<path class="{html.escape(sign)}" {where}><title>{html.escape(mark.text)}</title></path>'
+
+
 def _curve(
     series: Series,
     segments: list[tuple[list[float], list[float]]],
@@ -306,21 +379,31 @@ def _curve(
     style = f'style="--c:var(--c{series.colour % COLOURS})"'
     path, dots = [], []
     for xs, ys in segments:
-        points = [f"{to_x(x):.1f} {to_y(y):.1f}" for x, y in zip(xs, ys, strict=True)]
-        path.append("M" + "L".join(points))
+        points = [(round(10 * to_x(x)), round(10 * to_y(y))) for x, y in zip(xs, ys, strict=True)]
+        # Each point from the one before, which takes half as many characters; in whole tenths, nothing adds up.
+        steps = (f"{_tenths(c - a)} {_tenths(d - b)}" for (a, b), (c, d) in pairwise(points))
+        path.append(f"M{_tenths(points[0][0])} {_tenths(points[0][1])}l" + " ".join(steps).replace(" -", "-"))
         if series.style in ("marked", "dashed") or len(points) == 1:
-            dots += [p.split() for p in points]
+            dots += [(_tenths(x), _tenths(y)) for x, y in points]
     circles = "".join(f'<circle cx="{x}" cy="{y}" r="3"/>' for x, y in dots)
     return f'<g class="curve {series.style}" {style}><path d="{"".join(path)}"/>{circles}</g>'
 
 
-def _legend(series: Sequence[Series]) -> str:
-    """Names of the curves; none for a chart of one."""
-    series = [s for s in series if s.style != "faint"]
-    if len(series) < 2:
+def _tenths(value: int) -> str:
+    """A tenth of a whole number, as short as it goes."""
+    text = f"{abs(value) / 10:g}"
+    return ("-" if value < 0 else "") + (text.removeprefix("0") or "0" if "." in text else text)
+
+
+def _legend(series: Sequence[Series], marks: Sequence[Mark]) -> str:
+    """Names of the curves and of the signs; none for a chart of one curve."""
+    series = [s for s in series if s.style not in ("faint", "band")]
+    if len(series) < 2 and not marks:
         return ""
-    entries = (
+    entries = [
         f'<li class="{s.style}" style="--c:var(--c{s.colour % COLOURS})"><i></i>{html.escape(s.label)}</li>'
         for s in series
-    )
+    ]
+    for kind in dict.fromkeys(mark.kind for mark in marks):
+        entries.append(f'<li class="{html.escape(kind)}"><b>\u25b2</b>{html.escape(kind)}</li>')
     return f'<ul class="legend">{"".join(entries)}</ul>'
