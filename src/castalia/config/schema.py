@@ -392,6 +392,9 @@ class LoggingConfig(Section):
     zero_gradients: bool = setting(False, "record the share of zeros in each parameter's gradient", "cosmetic")
     noise_scale: bool = setting(False, "record the gradient noise scale with its 95% interval", "cosmetic")
     noise_scale_window: int = setting(100, "steps that the noise scale is a mean of", "cosmetic", "steps", ge=2)
+    noise_scale_groups: list[str] = setting(
+        [], "regular expressions: parameters where the first matches the same text have a noise scale too", "cosmetic"
+    )
     log_dir: str | None = setting(
         None, "folder for copies of what is printed, HOST_stdout.txt and HOST_stderr.txt; null: none", "cosmetic"
     )
@@ -422,6 +425,8 @@ class LoggingConfig(Section):
 
     @model_validator(mode="after")
     def _trackers(self) -> LoggingConfig:
+        if self.noise_scale_groups and not self.noise_scale:
+            raise ValueError("logging.noise_scale_groups are of use with logging.noise_scale alone: set that to true")
         for key, owner in (("comet_workspace", "comet_project"), ("comet_name", "comet_project")):
             if getattr(self, key) is not None and getattr(self, owner) is None:
                 raise ValueError(f"logging.{key} is of use with logging.{owner} alone: give that too")

@@ -81,12 +81,16 @@ class WeightStore(Protocol):
         """This rank's part of the gradients accumulated so far, by name, in the middle of a step."""
         ...
 
-    def square_so_far(self) -> float:
-        """Squared L2 norm of the gradients accumulated so far, of this rank's replica of the model."""
+    def squares_so_far(self) -> dict[str, float]:
+        """Squared L2 norm of the gradients accumulated so far, by parameter, of this rank's replica of the model."""
+        ...
+
+    def squares(self) -> dict[str, float]:
+        """Squared L2 norm of the accumulated gradients of the whole batch, by parameter."""
         ...
 
     def watch_first(self) -> None:
-        """Say that `square_so_far` will be asked for after the first micro-batch of each step."""
+        """Say that `squares_so_far` will be asked for after the first micro-batch of each step."""
         ...
 
     def gradient_buffers(self) -> list[Tensor]:
@@ -162,6 +166,13 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
+def squares_of(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Squared L2 norm of each tensor; a device is waited for once."""
+    found = [sum_of_squares(part) for part in parts.values()]
+    return dict(zip(parts, torch.stack(found).tolist() if found else [], strict=True))
+
+
 def _add(total: Tensor, part: Tensor) -> None:
     """total += part, by way of a small fp32 scratch: torch's mixed-dtype add is three times slower on CPUs."""
     if part.dtype == total.dtype or total.device.type != "cpu":
@@ -206,9 +217,13 @@ class _Store:
         """See WeightStore."""
         return self.gradients()
 
-    def square_so_far(self) -> float:
+    def squares_so_far(self) -> dict[str, float]:
         """See WeightStore."""
-        return sum(sum_of_squares(part).item() for part in self.so_far().values())
+        return squares_of(self.so_far())
+
+    def squares(self) -> dict[str, float]:
+        """See WeightStore."""
+        return squares_of(self.gradients())
 
     @torch.no_grad()
     def _refresh_frozen(self) -> None:

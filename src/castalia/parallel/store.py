@@ -21,7 +21,7 @@ from castalia.config import OptimizerConfig
 from castalia.optim import WeightStore
 from castalia.optim.matrix import MatrixOptimizer
 from castalia.optim.optimizers import optimizer_kind
-from castalia.optim.weights import sum_of_squares
+from castalia.optim.weights import squares_of, sum_of_squares
 from castalia.parallel.experts import holds_experts
 from castalia.parallel.layout import AXES
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh
@@ -83,18 +83,27 @@ class SpreadStore:
         return self.inner.so_far()
 
     @torch.no_grad()
-    def square_so_far(self) -> float:
+    def squares_so_far(self) -> dict[str, float]:
         """See WeightStore. With ZeRO and no pipeline the gradients are of all data-parallel ranks together."""
         together = self._mesh.layout.zero > 0
+        parts = {
+            name: self._mesh.sum_tensor(part.clone(), "tensor") if self._places[name].partial else part
+            for name, part in self.inner.so_far().items()
+        }
         replicas = 1 if together else self._mesh.size(*GRADIENT_AXES)
-        total = 0.0
-        for name, part in self.inner.so_far().items():
-            place = self._places[name]
-            whole = self._mesh.sum_tensor(part.clone(), "tensor") if place.partial else part
-            total += sum_of_squares(whole).item() / (place.copies / replicas)
-        for axes in (AXES,) if together else (("tensor",), ("pipeline",)):
-            (total,) = self._mesh.sum([total], *axes)
-        return total
+        return self._added_up(parts, replicas, *((AXES,) if together else (("tensor",), ("pipeline",))))
+
+    def squares(self) -> dict[str, float]:
+        """See WeightStore; the same numbers on every rank."""
+        return self._added_up(self.gradients(), 1, AXES)
+
+    def _added_up(self, parts: dict[str, Tensor], replicas: int, *groups: tuple[str, ...]) -> dict[str, float]:
+        """Squares by parameter of what the ranks of these groups hold together, each part once in each replica."""
+        squares = {name: square / (self._places[name].copies / replicas) for name, square in squares_of(parts).items()}
+        flat = [squares.get(name, 0.0) for name in self._shapes]
+        for axes in groups:
+            flat = self._mesh.sum(flat, *axes)
+        return dict(zip(self._shapes, flat, strict=True))
 
     def gradient_buffers(self) -> list[Tensor]:
         """See WeightStore; of this rank's part."""

@@ -41,7 +41,8 @@ class StepStats:
         loss: what was minimised: nll_sum / tokens, or the mean of micro-batch means.
         aux: further losses and measures by name.
         experts: tokens of each expert, by executed layer.
-        small: squared norm of the mean gradient of a part of the batch (a mean over such parts), and its tokens.
+        small: squared norm, by parameter, of the mean gradient of a part of the batch (a mean over such parts), and
+            its tokens.
     """
 
     nll_sum: float
@@ -49,7 +50,7 @@ class StepStats:
     loss: float
     aux: dict[str, float] = field(default_factory=dict)
     experts: dict[int, list[int]] = field(default_factory=dict)
-    small: tuple[float, float] | None = None
+    small: tuple[dict[str, float], float] | None = None
 
 
 class Engine(Protocol):
@@ -76,19 +77,19 @@ class Engine(Protocol):
         ...
 
 
-def small_part(store: WeightStore, mesh: Mesh, tokens: int, factor: float) -> tuple[float, float]:
+def small_part(store: WeightStore, mesh: Mesh, tokens: int, factor: float) -> tuple[dict[str, float], float]:
     """What the accumulated gradients, of a part of the batch, say for StepStats.small.
 
     Args:
         tokens: valid labels that this rank has seen.
         factor: makes this rank's gradient the mean one of its tokens.
     """
-    square, data = store.square_so_far(), mesh.layout.data
+    squares, data = store.squares_so_far(), mesh.layout.data
     if mesh.layout.zero:  # of all ranks' tokens together, whichever rank has how many
         ours, together = tokens * factor, mesh.sum([tokens], "replicate", "shard")[0]
-        return square * (ours / max(together, 1)) ** 2, together
-    squares, seen = mesh.sum([square * factor**2, tokens], "replicate", "shard")
-    return squares / data, seen / data
+        return {name: square * (ours / max(together, 1)) ** 2 for name, square in squares.items()}, together
+    *sums, seen = mesh.sum([*(square * factor**2 for square in squares.values()), tokens], "replicate", "shard")
+    return dict(zip(squares, (total / data for total in sums), strict=True)), seen / data
 
 
 def total_of_sequences(mesh: Mesh) -> Callable[[Tensor], Tensor] | None:
@@ -152,7 +153,7 @@ class LocalEngine:
         means = torch.zeros_like(nll)
         tokens = 0
         all_micro_batches = len(micro_batches) * self.mesh.layout.data
-        small: tuple[float, float] | None = None
+        small: tuple[dict[str, float], float] | None = None
         auxiliary = Auxiliary(self.loss, self.model.cfg, self.loss_scale, total_of_sequences(self.mesh))
         all_rows = sum(len(batch.tokens) for batch in micro_batches) * self.mesh.layout.data * self.mesh.layout.context
         for number, batch in enumerate(micro_batches):

@@ -188,7 +188,8 @@ class Run:
     # What the loop calls.
 
     def before_update(self) -> None:
-        """Look at the gradients of the step that is being made, if logging.norms asks for it."""
+        """Look at the gradients of the step that is being made, where a setting of `logging` asks for it."""
+        self.noise.before_update(self.store)
         if self.norms.wanted and self._logs(self.step + 1):
             self.norms.before_update(self.store)
 
@@ -225,6 +226,8 @@ class Run:
             self.metrics.write("experts", self.step, tokens={str(i): n for i, n in stats.experts.items()})
         if self.norms.wanted:
             self.metrics.write("norms", self.step, **self.norms.after_update(self.store))
+        if groups := self.noise.by_group():
+            self.metrics.write("noise", self.step, groups=groups)
 
     def evaluate(self, split: str) -> Record | None:
         """Evaluate on a split, write the record and return it; None if the split has no data."""
@@ -297,7 +300,7 @@ class Run:
         self.parts = assemble(cfg, self.mesh)
         self.model, self.store, self.engine = self.parts.model, self.parts.store, self.parts.engine
         self.scaler = LossScaler(cfg.training) if cfg.training.precision == "fp16" else None
-        self.norms, self.noise = Norms(cfg.logging), NoiseMeter(cfg, self.mesh.layout)
+        self.norms, self.noise = Norms(cfg.logging), NoiseMeter(cfg.logging)
         self.guard = Guard(cfg.guard)
         if self.noise.wanted:
             self.engine.measures_noise = True

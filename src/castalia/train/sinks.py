@@ -53,6 +53,9 @@ def scalars(record: Record) -> dict[str, float]:
     if kind == "norms":
         chosen = {k: NORM_NAMES[k] for k in values}
         return {f"{group}/{n}": factor * v for k, (group, factor) in chosen.items() for n, v in values[k].items()}
+    if kind == "noise":
+        ends = {"value": "", "low": "_low", "high": "_high"}
+        return {f"noise_scale/{g}{ends[k]}": v for g, found in values["groups"].items() for k, v in found.items()}
     return {}
 
 
