@@ -78,12 +78,15 @@ def castalia_config(task: Task) -> Any:
 def castalia(task: Task, compiled: bool) -> Step:
     """The step of castalia.train.loop, without its records."""
     from castalia.data.loader import Batch
+    from castalia.model.kernels import choose_matmul, use_matmul
     from castalia.model.transformer import build_model
     from castalia.optim import make_store
+    from castalia.optim.weights import working_dtype
     from castalia.train.engine import LocalEngine
 
     config = castalia_config(task)
     model = build_model(config.model, seed=1)
+    use_matmul(model, choose_matmul(torch.device("cpu"), working_dtype(task.precision)))
     store = make_store(model, config.optimizer, task.precision, arena=True)
     engine = LocalEngine(model, store, config.loss, compiled=compiled)
 

@@ -445,6 +445,12 @@ class PerformanceConfig(Section):
         None, "CPU threads; null: as torch chooses (OMP_NUM_THREADS, else the physical cores)", "performance", ge=1
     )
     compile: bool = setting(False, "compile the model (pays back after minutes)", "performance")
+    matmul: Literal["auto", "native", "fp32"] = setting(
+        "auto",
+        "what multiplies 16-bit matrices: native 16-bit instructions, or the fp32 product of the same rounded "
+        "numbers, as exact or more; auto: the faster one on a CPU, measured once; native elsewhere",
+        "performance",
+    )
     recompute: Literal["none", "full", "selective"] = setting(
         "none",
         "activations of layers that are computed again in backward to save memory: none, all, or those that "

@@ -33,18 +33,20 @@ def use_float8(model: nn.Module) -> None:
             module.product = float8_product
 
 
-def float8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T with operands rounded to float8.
+def float8_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with operands rounded to float8.
 
     Args:
         x: `[..., in]`.
         weight: `[out, in]`, of the same dtype.
+        bias: `[out]`, of the same dtype.
 
     Returns:
         `[..., out]` of that dtype.
     """
     out: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
 
 
 def missing_float8(device: torch.device) -> str | None:

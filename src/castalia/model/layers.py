@@ -76,18 +76,15 @@ class Linear(nn.Linear):
     """y = x W^T + b in W's dtype.
 
     Attributes:
-        product: computes x W^T in place of torch's own product (castalia.model.float8); None: nothing does.
+        product: computes x W^T + b; others take the place of torch's own (castalia.model.kernels, float8).
     """
 
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` of any dtype to `[..., out]` of the weight's dtype."""
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        if self.product is None:
-            return F.linear(x.to(self.weight.dtype), self.weight, bias)
-        y = self.product(x.to(self.weight.dtype), self.weight)
-        return y if bias is None else y + bias
+        return self.product(x.to(self.weight.dtype), self.weight, bias)
 
 
 class MLP(nn.Module):

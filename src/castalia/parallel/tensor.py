@@ -46,12 +46,12 @@ class RowLinear(nn.Module):
     def __init__(self, linear: nn.Linear, group: Group, sequence: bool) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._product = getattr(linear, "product", None) or F.linear
+        self.product = getattr(linear, "product", F.linear)
         self._group, self._sequence = group, sequence
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, in / ranks]` to fp32 `[B, S or S / ranks, out]`."""
-        y = wide(self._product(x.to(self.weight.dtype), self.weight))
+        y = wide(self.product(x.to(self.weight.dtype), self.weight))
         y = collectives.scatter_sum(y, SEQUENCE, self._group) if self._sequence else collectives.total(y, self._group)
         return y if self.bias is None else y + wide(self.bias.to(self.weight.dtype))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from castalia.config import Config
 from castalia.model.float8 import use_float8
+from castalia.model.kernels import use_matmul
 from castalia.model.transformer import Transformer, build_model
 from castalia.optim import WeightStore
 from castalia.optim.offload import store_of
@@ -49,11 +50,12 @@ class Assembled:
         return tensor.detach().float().cpu().numpy().copy(), offset
 
 
-def assemble(config: Config, mesh: Mesh) -> Assembled:
+def assemble(config: Config, mesh: Mesh, matmul: str = "native") -> Assembled:
     """Build model, store and engine.
 
     Args:
         config: complete (derived).
+        matmul: how products of 16-bit matrices are computed (castalia.model.kernels).
 
     Raises:
         UserError: they cannot be built so.
@@ -65,12 +67,14 @@ def assemble(config: Config, mesh: Mesh) -> Assembled:
         model.runner = runner_of(config, mesh.layout)
         if config.training.precision == "fp8":
             use_float8(model)
+        use_matmul(model, matmul)
         store = store_of(model, config, config.performance.arena)
         engine = LocalEngine(model, store, config.loss, config.performance.compile, seed)
         return Assembled(mesh, model, store, engine, {})
     from castalia.parallel.parallelize import parallelize, vocabulary_of
 
     parts = parallelize(config, mesh)
+    use_matmul(parts.model, matmul)
     vocabulary = vocabulary_of(config, mesh)
     if mesh.layout.pipeline > 1:
         from castalia.parallel.stages import Part

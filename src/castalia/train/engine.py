@@ -20,6 +20,7 @@ from castalia.config import LossConfig
 from castalia.data.loader import Batch
 from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey
+from castalia.model.kernels import head_matrix
 from castalia.model.loss import LossSums, VocabularyShard
 from castalia.model.moe import MoE
 from castalia.model.registry import LOSSES, look_up
@@ -222,7 +223,7 @@ class LocalEngine:
         tokens = batch.tokens.to(self.device)
         hidden, collected = self._hidden(weights, tokens, positions, dropout, collects, batch.doc_ids)
         cfg, model = self.loss, self.model
-        matrix = weights[model.head_name] if weights else model.head_weight
+        matrix = head_matrix(model, weights[model.head_name] if weights else model.head_weight)
         bias = weights.get("head.bias") if weights else model.head_bias
 
         def head(hidden: Tensor, labels: Tensor) -> LossSums:

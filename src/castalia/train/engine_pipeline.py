@@ -19,6 +19,7 @@ from torch.func import functional_call
 from castalia.config import Config
 from castalia.data.loader import Batch
 from castalia.model.collected import Collected
+from castalia.model.kernels import head_matrix
 from castalia.model.loss import VocabularyShard
 from castalia.model.registry import LOSSES, look_up
 from castalia.optim import WeightStore
@@ -156,7 +157,7 @@ class PipelineEngine:
         valid = (labels >= 0).sum()
         sums = self.loss_sums(
             hidden,
-            weights[part.head_name] if weights else part.head_weight,
+            head_matrix(part, weights[part.head_name] if weights else part.head_weight),
             labels,
             bias=weights.get("head.bias") if weights else part.head_bias,
             scale=self._scale if self._by_tokens else self.loss_scale / (self._micro_batches * valid.clamp(min=1)),

@@ -26,7 +26,7 @@ from castalia.data.loader import Loader, Shard
 from castalia.data.plan import Amendment, Exclude, RunPlan
 from castalia.data.sample import SampleSource
 from castalia.errors import UserError
-from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
+from castalia.model.kernels import choose_fp32_matmul, choose_matmul, flushes_denormals
 from castalia.model.soft_prompt import prompt_from_tokens
 from castalia.optim.loss_scale import LossScaler
 from castalia.optim.offload import offload_text
@@ -296,8 +296,11 @@ class Run:
         cfg = self.config
         if cfg.performance.threads:
             torch.set_num_threads(cfg.performance.threads)
-        self.matmul = choose_fp32_matmul(self.world.device)
-        self.parts = assemble(cfg, self.mesh)
+        working = working_dtype(cfg.training.precision)
+        self.fp32_matmul = self.mesh.from_first(choose_fp32_matmul(self.world.device))
+        torch.set_float32_matmul_precision(self.fp32_matmul)
+        self.matmul = self.mesh.from_first(choose_matmul(self.world.device, working, cfg.performance.matmul))
+        self.parts = assemble(cfg, self.mesh, self.matmul)
         self.model, self.store, self.engine = self.parts.model, self.parts.store, self.parts.engine
         self.scaler = LossScaler(cfg.training) if cfg.training.precision == "fp16" else None
         self.norms, self.noise = Norms(cfg.logging), NoiseMeter(cfg.logging)
@@ -314,10 +317,10 @@ class Run:
         self.journal = with_exclusions(self.journal, self.step, self.data.excluded)
         check_samples(run_plan(cfg, self.steps, self.journal), len(self.data.datasets["train"]))
         self.replan(self.journal)
-        dtype = working_dtype(cfg.training.precision) or torch.float32
+        dtype = torch.float32 if working is None or self.matmul == "fp32" else working
         self.peak_flops = cfg.performance.peak_flops or measure_matmul_flops(dtype, 0.3, self.world.device)
-        more = {"device": str(self.world.device), "fp32_matmul": self.matmul, "notes": notes(cfg)}
-        self.facts = environment() | more
+        kernels = {"fp32_matmul": self.fp32_matmul, "matmul": self.matmul}
+        self.facts = environment() | {"device": str(self.world.device), **kernels, "notes": notes(cfg)}
         return begun
 
     def _open_metrics(self, begun: Begun | None) -> Metrics:
@@ -339,6 +342,7 @@ class Run:
                 self.console.say(line)
         event = "resume" if self.resumed else "start"
         changed = f"; changed settings were accepted: {self.accepted}" if self.accepted else ""
+        changed += "; 16-bit matrices are multiplied by fp32 products" if self.matmul == "fp32" else ""
         self.metrics.write("event", self.step, event=event, text=f"{self.steps} steps in {self.directory}{changed}")
         return self.metrics
 
@@ -364,6 +368,9 @@ class Run:
             + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )
         say(f"MFU is the share of this machine's rate of matrix products, {human(self.peak_flops, ' ')}FLOP/s {unit}")
+        if self.matmul == "fp32":
+            chosen = "measured to be faster here" if cfg.performance.matmul == "auto" else "as performance.matmul says"
+            say(f"16-bit matrices are multiplied by fp32 products, {chosen}: operands are rounded to 16 bits as ever")
         if text := offload_text(cfg, self.world.device):
             say(text)
         for entry in [e for e in self.journal if isinstance(e, Exclude)][-1:]:
