@@ -162,6 +162,8 @@ def test_everything_that_a_run_may_record(tmp_path: Path) -> None:
     add(run, *({"kind": "train", "step": 100 + i, "tokens": 10**5, "seconds": 50 + i, **noise} for i in range(1, 4)))
     add(run, {"kind": "train", "step": 104, "tokens": 10**5, "seconds": 54.0, "noise_scale": 6.0, "odd": 1.0})
     add(run, {"kind": "train", "step": 105, "tokens": 10**5, "seconds": 55.0, "odd": 2.0, "timers": {"forward": 0.1}})
+    for step in (104, 105):
+        add(run, {"kind": "noise", "step": step, "groups": {"layers": {"value": float(step), "low": 1.0}}})
     add(run, {"kind": "event", "step": 40, "event": "resume", "text": "on"})
     add(run, {"kind": "event", "step": 60, "event": "spike", "text": "step 61"})
     add(run, *({"kind": "tasks", "step": s, "eval/words_acc": s / 200} for s in (50, 100)))
@@ -177,7 +179,7 @@ def test_everything_that_a_run_may_record(tmp_path: Path) -> None:
         json.dumps({"results": {"words": {"acc,none": 0.75, "acc_stderr,none": 0.1}}})
     )
     page = page_of(tmp_path, run, other)
-    for name in ("Gradient noise scale", "Time of forward", "Odd", "words_acc"):
+    for name in ("Gradient noise scale", "Time of forward", "Odd", "Noise scale of layers", "words_acc"):
         assert charts(page).count(name) == 4, name
     assert page.count('class="band"') == 4 and page.count("demo: resumed at step 40") == 4
     assert "demo: spike at step 60" in page and "words:7" in page and "went back to step 40" in page

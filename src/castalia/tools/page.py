@@ -63,9 +63,9 @@ td.wide{width:40%;min-width:180px;vertical-align:middle}
 .bar{display:block;height:10px;border-radius:3px;background:var(--soft);opacity:.55}
 .bar.own{background:var(--c0);opacity:1}
 td{overflow-wrap:anywhere}tbody th{overflow-wrap:break-word}
-.runs th:first-child,.diff th:first-child{min-width:9em}
+.runs th:first-child{min-width:7em;padding-left:16px}.diff th:first-child{min-width:9em}
 .diff thead th{white-space:normal;min-width:7em}
-.runs th,.runs td{padding:8px 12px}.runs .steps{white-space:nowrap}.runs small{white-space:normal}
+.runs th,.runs td{padding:8px 9px}.runs .steps{white-space:nowrap}.runs small{white-space:normal}
 .remarks{margin:10px 0 0;padding-left:18px;font-size:13px}
 th.group{color:var(--soft);font-weight:500;font-size:13px;background:var(--paper)}
 .best{font-weight:700}
@@ -121,12 +121,14 @@ font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mon
 .samples b{background:var(--mark);font-weight:600}
 .samples p{margin:0 0 6px;font-size:13px;color:var(--soft)}
 details{margin-top:12px} summary{cursor:pointer;font-weight:600} details[open] summary{margin-bottom:10px}
-@media (max-width:800px){main{padding:22px 14px}.charts{grid-template-columns:1fr}
+@media screen and (max-width:800px){main{padding:22px 14px}.charts{grid-template-columns:1fr}
 .facts{grid-template-columns:1fr 1fr}.whole .plot{overflow-x:auto}.whole svg{min-width:760px}}
 @media print{body{background:#fff;font-size:12px}main{max-width:none;padding:0}
 .switch,.readout{display:none}.switches{position:static}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .card,.facts div,tr,.chart{break-inside:avoid}h2,summary{break-after:avoid}details.card{break-inside:auto}
-.facts dd{font-size:17px}th,td{padding:5px 10px}}
+.facts dd{font-size:17px}table{font-size:10px}.runs th,.runs td,th,td{padding:4px 6px}
+thead th,td small{font-size:9px;white-space:normal}.charts{gap:8px}.card{padding:8px 10px}.scroll{padding:0;overflow:visible}
+.switches{background:none;padding:0}}
 """
 )
 

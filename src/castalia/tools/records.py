@@ -180,12 +180,18 @@ def _flat(record: Record) -> Record:
 
 
 def _beside(kinds: dict[str, list[Record]]) -> dict[int, Record]:
-    """What other kinds of record say of a training step: the norm of all parameters, and timers."""
+    """What other kinds of record say of a training step: the norm of all parameters, groups' noise, timers."""
     out: dict[int, Record] = {}
     for record in kinds.get("norms", []):
-        parts = [v for v in (record.get("parameter") or {}).values() if is_number(v)]
+        norms = record.get("parameter")
+        parts = [v for v in norms.values() if is_number(v)] if isinstance(norms, dict) else []
         if parts:
             out.setdefault(record["step"], {})["parameter_norm"] = math.sqrt(math.fsum(v * v for v in parts))
+    for record in kinds.get("noise", []):
+        groups = record.get("groups")
+        for group, ends in groups.items() if isinstance(groups, dict) else ():
+            if isinstance(ends, dict) and is_number(ends.get("value")):
+                out.setdefault(record["step"], {})[f"noise scale of {group}"] = ends["value"]
     for record in kinds.get("timers", []):
         values = {k: v for k, v in record.items() if k not in ("v", "kind", "step")}
         out.setdefault(record["step"], {}).update(_flat({"timers": _flat(values)}))

@@ -224,7 +224,12 @@ def _others(runs: Sequence[Run]) -> list[Panel]:
                 if key not in _KNOWN and not key.startswith("timers/") and isinstance(value, (int, float)):
                     found.setdefault(key, set()).add(float(value))
     varying = [key for key, values in found.items() if len(values) > 1]
-    return [_panel(key.replace("_", " ").capitalize(), "", key, averaged=True) for key in varying[:_MOST_OTHERS]]
+    return [_panel(_title(key), "", key, averaged=True) for key in varying[:_MOST_OTHERS]]
+
+
+def _title(key: str) -> str:
+    """A key as a heading; a group's name in it keeps its letters."""
+    return key[:1].upper() + key[1:].replace("_", " ")
 
 
 def _tasks(runs: Sequence[Run]) -> list[Panel]:
