@@ -59,6 +59,19 @@ def adam(p: A, decoupled: bool, b1: float = 0.9, b2: float = 0.95) -> list[A]:
     return path
 
 
+def onebit_adam(p: A) -> list[A]:
+    """Alone: nothing is exchanged, the variance is kept after three updates; see test_one_bit.py for several."""
+    b1, b2, m, v, path = 0.9, 0.95, np.zeros_like(p), np.zeros_like(p), []
+    most = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+    for t, lr in enumerate(RATES, 1):
+        g = gradient(p)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2 if t <= 3 else v
+        p = p - lr * (np.clip(m / (np.sqrt(v) + 1e-8), -most, most) + DECAY * p)
+        path.append(p)
+    return path
+
+
 def sgd(p: A, mu: float, nesterov: bool) -> list[A]:
     buffer, path = np.zeros_like(p), []
     for lr in RATES:
@@ -173,6 +186,7 @@ def sm3(p: A, mu: float, beta: float) -> list[A]:
 RECURRENCES: dict[str, tuple[Callable[[A], list[A]], dict[str, Any]]] = {
     "adamw": (lambda p: adam(p, True), {"type": "adamw"}),
     "adam": (lambda p: adam(p, False), {"type": "adam"}),
+    "onebit_adam": (onebit_adam, {"type": "onebit_adam", "freeze_step": 3}),
     "adamw_8bit": (lambda p: adam(p, True), {"type": "adamw_8bit"}),  # too small to be packed
     "sgd": (lambda p: sgd(p, 0.0, False), {"type": "sgd", "momentum": 0.0}),
     "sgd momentum": (lambda p: sgd(p, 0.9, False), {"type": "sgd"}),

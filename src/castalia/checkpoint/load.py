@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,12 @@ def find_checkpoint(directory: Path, step: int | None = None, verify: bool = Tru
 
 
 def load_checkpoint(
-    path: Path, tensors: Mapping[str, Any], *, only: str = "", process_group: dist.ProcessGroup | None = None
+    path: Path,
+    tensors: Mapping[str, Any],
+    *,
+    only: str = "",
+    leave: Container[str] = (),
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Read a checkpoint's tensors in place. It is not verified again: that is find_checkpoint's work.
 
@@ -106,6 +111,7 @@ def load_checkpoint(
             dtype is converted.
         only: of the checkpoint's tensors, just those whose name begins so are wanted (`model.`:
             not the optimizer's).
+        leave: names of tensors of the checkpoint that are not wanted either.
         process_group: the ranks that load together; None is the default group, if there is one.
 
     Raises:
@@ -115,7 +121,7 @@ def load_checkpoint(
     flat = flatten(tensors)
     shapes = tensor_shapes(path)
     missing = [name for name in flat if name not in shapes]
-    extra = [name for name in shapes if name.startswith(only) and name not in flat]
+    extra = [name for name in shapes if name.startswith(only) and name not in flat and name not in leave]
     other = [
         f"{name} {list(shapes[name])} there, {list(tensor.shape)} here"
         for name, tensor in flat.items()

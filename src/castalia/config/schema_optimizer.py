@@ -28,11 +28,15 @@ class ParameterGroup(Section):
 
 # Settings of the optimizer section that only some types have a use for.
 _OF_TYPES = {
-    "betas": {"adamw", "adam", "lion", "schedule_free", "adamw_8bit", "muon", "soap", "sm3"},
-    "eps": {"adamw", "adam", "madgrad", "madgrad_wd", "schedule_free", "adamw_8bit", "muon", "soap", "sm3"},
+    "betas": {"adamw", "adam", "lion", "schedule_free", "adamw_8bit", "muon", "soap", "sm3", "onebit_adam"},
+    "eps": {
+        *("adamw", "adam", "madgrad", "madgrad_wd", "schedule_free", "adamw_8bit", "muon", "soap", "sm3"),
+        "onebit_adam",
+    },
     "momentum": {"sgd", "madgrad", "madgrad_wd", "sm3", "muon"},
     "nesterov": {"sgd", "muon"},
     "precondition_every": {"soap"},
+    "freeze_step": {"onebit_adam"},
 }
 _TYPES = set().union(*_OF_TYPES.values(), {"adafactor"})
 
@@ -48,6 +52,9 @@ class OptimizerConfig(Section):
     momentum: float = setting(0.9, "sgd, madgrad, sm3, muon: decay rate of the momentum", ge=0, lt=1)
     nesterov: bool = setting(False, "sgd, muon: look one step of momentum ahead")
     precondition_every: int = setting(10, "soap: updates between two bases", unit="updates", ge=1)
+    freeze_step: int = setting(
+        400, "onebit_adam: after so many of Adam, updates keep its variance and exchange signs", unit="updates", ge=1
+    )
     clip_grad: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     average: float | None = setting(
         None, "decay of a running mean of the weights, kept beside them and used to evaluate; null: none", gt=0, lt=1
@@ -64,6 +71,11 @@ class OptimizerConfig(Section):
                 raise ValueError(f"optimizer.{key}: '{self.type}' has no use for it (of use to {takers})")
         if self.nesterov and not self.momentum:
             raise ValueError("optimizer.nesterov looks a step of momentum ahead: give optimizer.momentum above 0")
+        if self.type == "onebit_adam" and self.betas[0] ** 2 >= self.betas[1]:
+            raise ValueError(
+                f"optimizer.betas {self.betas}: onebit_adam needs betas[0] squared below betas[1], which bounds "
+                "Adam's updates"
+            )
         if self.average is not None and self.type == "schedule_free":
             raise ValueError("optimizer.average: schedule_free keeps its own average: remove the setting")
         return self

@@ -21,6 +21,7 @@ from castalia.errors import UserError
 from castalia.optim import matrix
 from castalia.optim.eight_bit import AdamW8bit
 from castalia.optim.elementwise import Lion, Madgrad, RecurrentOptimizer, ScheduleFree
+from castalia.optim.one_bit import OneBitAdam
 
 Groups = list[dict[str, Any]]
 
@@ -69,7 +70,7 @@ def _sgd(groups: Groups, cfg: OptimizerConfig) -> torch.optim.Optimizer:
 
 def _recurrent(kind: Callable[..., RecurrentOptimizer], **fixed: Any) -> Callable[[Groups, OptimizerConfig], Any]:
     def make(groups: Groups, cfg: OptimizerConfig) -> torch.optim.Optimizer:
-        names = ("betas", "eps", "momentum", "nesterov", "precondition_every")
+        names = ("betas", "eps", "momentum", "nesterov", "precondition_every", "freeze_step")
         return kind(groups, **{n: getattr(cfg, n) for n in names}, beta=cfg.betas[1], **fixed)
 
     return make
@@ -99,6 +100,13 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         ("z", "average", "exp_avg_sq"),
         elementwise=False,
         whole=lambda shape, is_matrix: {"weight_sum": (1,)},
+    ),
+    "onebit_adam": OptimizerKind(
+        _recurrent(OneBitAdam),
+        _ADAM,
+        elementwise=False,
+        mup="adam",
+        matrices=lambda name, parameter: parameter.ndim > 1,
     ),
     "adamw_8bit": OptimizerKind(_recurrent(AdamW8bit), _ADAM, elementwise=False, mup="adam", matrices=_not_embedding),
     "muon": OptimizerKind(_recurrent(matrix.Muon), ("exp_avg",), elementwise=False, matrices=_inner, others=_ADAM),

@@ -133,6 +133,8 @@ def check_layout(config: Config, layout: Layout) -> None:
             f"parallel.expert {layout.expert} is more than model.moe_num_experts {config.model.moe_num_experts}: "
             "lower it"
         )
+    if config.optimizer.type == "onebit_adam":
+        _check_one_bit(config, layout)
     if layout.tensor > 1:
         _check_tensor(config.model, layout, config.data.seq_length)
     if layout.context > 1:
@@ -170,6 +172,25 @@ def _check_batch(config: Config, layout: Layout) -> None:
         raise UserError(
             f"training.batch_size {training.batch_size} does not divide into micro-batches of "
             f"{config.micro_batch_size} on {layout.data} data-parallel ranks: {mend}"
+        )
+
+
+def _check_one_bit(config: Config, layout: Layout) -> None:
+    if layout.world != layout.data or layout.zero or layout.expert > 1 or config.parallel.offload != "none":
+        raise UserError(
+            "optimizer.type onebit_adam exchanges the momenta of whole weights among data-parallel ranks: set "
+            "parallel.zero=0, offload=none and all other sizes of parallel: to 1, or choose adamw"
+        )
+    logging = config.logging
+    watched = [
+        *(["logging.norms gradient"] if "gradient" in logging.norms else []),
+        *(["logging.zero_gradients"] if logging.zero_gradients else []),
+        *(["logging.noise_scale"] if logging.noise_scale else []),
+    ]
+    if layout.data > 1 and watched:
+        raise UserError(
+            f"{watched[0]} looks at whole gradients, which no rank has once optimizer.type onebit_adam compresses: "
+            "leave it out"
         )
 
 

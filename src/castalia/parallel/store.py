@@ -20,11 +20,13 @@ from castalia.checkpoint.tensors import Piece
 from castalia.config import OptimizerConfig
 from castalia.optim import WeightStore
 from castalia.optim.matrix import MatrixOptimizer
+from castalia.optim.one_bit import ERRORS, OneBitAdam, sketch
 from castalia.optim.optimizers import optimizer_kind
 from castalia.optim.weights import squares_of, sum_of_squares
 from castalia.parallel.experts import holds_experts
 from castalia.parallel.layout import AXES
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh
+from castalia.parallel.peers import GroupPeers
 from castalia.parallel.plans import Place
 from castalia.parallel.whole import wholes
 
@@ -61,6 +63,10 @@ class SpreadStore:
         if isinstance(inner.optimizer, MatrixOptimizer):
             inner.reach(wholes(inner.trained, places, mesh))
         self._kind, self._average = optimizer_kind(cfg), cfg.average is not None
+        self._one_bit = inner.optimizer if isinstance(inner.optimizer, OneBitAdam) else None
+        peers = mesh.group(*GRADIENT_AXES)
+        if self._one_bit is not None and peers is not None:
+            self._one_bit.connect(GroupPeers(peers))
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -70,6 +76,9 @@ class SpreadStore:
             # Experts have seen the tokens of all ranks that share them.
             self._sum([g for n, g in gradients.items() if holds_experts(n)], "replicate", "context")
             self._sum([g for n, g in gradients.items() if not holds_experts(n)], *GRADIENT_AXES)
+        elif self._one_bit is not None and self._one_bit.compresses:  # the update exchanges what comes of the others
+            apart = self._one_bit.exchanged
+            self._sum([p.grad for p in self.trained.values() if p not in apart and p.grad is not None], *GRADIENT_AXES)
         elif not self._mesh.layout.zero:
             self._sum(self.inner.gradient_buffers(), *GRADIENT_AXES)
         self._sum([g for n, g in gradients.items() if self._places[n].partial], "tensor")
@@ -127,7 +136,19 @@ class SpreadStore:
 
     def gradient_norm(self) -> Tensor:
         """See WeightStore; the same number on every rank."""
+        if self._one_bit is not None and self._one_bit.compresses:
+            return self._estimated_norm(self._one_bit.exchanged)
         return self.norm_of(self.gradients())
+
+    @torch.no_grad()
+    def _estimated_norm(self, apart: set[Tensor]) -> Tensor:
+        """The norm of the mean gradient, though each rank has but its share of those of some parameters."""
+        shares = [p.grad for p in self.trained.values() if p in apart and p.grad is not None]
+        square = self._mesh.sum_tensor(sketch(shares), *GRADIENT_AXES).square().sum()
+        for parameter in self.trained.values():
+            if parameter not in apart and parameter.grad is not None:
+                square += sum_of_squares(parameter.grad)
+        return square.sqrt().float()
 
     @torch.no_grad()
     def norm_of(self, parts: dict[str, Tensor]) -> Tensor:
@@ -146,7 +167,8 @@ class SpreadStore:
         names, flat = sorted(amounts), list[float]()
         for key in names:
             name, whole = self._named(key)
-            each = self._places[name].copies if name in self._places and not whole else 1
+            own = key.endswith(ERRORS)  # each rank has others
+            each = self._places[name].copies if name in self._places and not whole and not own else 1
             flat += [float(any(amounts[key])), *(amount / each for amount in amounts[key])]
         flat = self._mesh.sum(flat, *AXES)
         width, out = len(flat) // len(names), {}
@@ -171,6 +193,10 @@ class SpreadStore:
             place = self._places[name]
             if whole:
                 out[key] = Piece(tensor, tensor.shape, (0,) * tensor.ndim)
+            elif key.endswith(ERRORS):  # stacked by rank
+                rows, ranks = len(tensor), self._mesh.size(*GRADIENT_AXES)
+                first = (rows * self._mesh.data_rank, *(0 for _ in tensor.shape[1:]))
+                out[key] = Piece(tensor, (rows * ranks, *tensor.shape[1:]), first)
             else:
                 out[key] = Piece(tensor, place.shape, place.offset)
         for name, shape in self._shapes.items():

@@ -15,13 +15,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, load_checkpoint
+from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, load_checkpoint, tensor_shapes
 from castalia.checkpoint.layout import step_of
 from castalia.config.compare import accepted_lines, differences
 from castalia.config.load import check_values
 from castalia.config.ramp import levels
 from castalia.data.plan import Rebatch, journal_from_json
 from castalia.errors import UserError
+from castalia.optim.one_bit import ERRORS
 from castalia.train.forward import check_logits
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ def resume(run: Run) -> bool:
             f"{found.path}: is at step {state['step']}, beyond training.steps {run.steps}: raise training.steps, "
             "go back to a step that is kept with --step, or give another name or output"
         )
-    load_checkpoint(found.path, run.store.tensors())
+    tensors, leave, said = rank_states(run.store.tensors(), found.path)
+    load_checkpoint(found.path, tensors, leave=leave)
+    for line in said:
+        run.console.say(line)
     if run.accepted:
         run.console.say(f"going on with changed settings, as accepted: {run.accepted}")
     for line in accepted_lines(differences(check_values(state["config"], str(found.path)), run.config)):
@@ -68,6 +72,20 @@ def resume(run: Run) -> bool:
     if run.chosen is not None and run.first:
         set_aside(run, found.step)
     return True
+
+
+def rank_states(tensors: dict[str, Any], path: Path) -> tuple[dict[str, Any], set[str], list[str]]:
+    """What to read of a checkpoint, and what to leave: errors that ranks keep of compression fit as many ranks alone.
+
+    Returns:
+        the tensors to read; names to leave; what to say, where errors begin at zero.
+    """
+    there = {n: s for n, s in tensor_shapes(path).items() if n.endswith(ERRORS)}
+    here = {n: tuple(t.shape) for n, t in tensors.items() if n.endswith(ERRORS)}
+    if there == here:
+        return tensors, set(), []
+    line = "the errors of compression that onebit_adam keeps begin at zero: those saved are of another number of ranks"
+    return {n: t for n, t in tensors.items() if n not in here}, set(there), [line]
 
 
 def _fetch(run: Run) -> None:

@@ -31,7 +31,7 @@ from castalia.config import StartConfig
 from castalia.config.curriculum import trained_tokens
 from castalia.data.plan import journal_from_json
 from castalia.errors import UserError
-from castalia.train.resume import changes, check_version, go_on, rebatch
+from castalia.train.resume import changes, check_version, go_on, rank_states, rebatch
 
 if TYPE_CHECKING:
     from castalia.train.run import Run
@@ -138,21 +138,23 @@ def _from_castalia(run: Run, found: Checkpoint, cfg: StartConfig) -> tuple[int, 
         load_weights(found.path, wanted)
         go_on(run, 0, 0, 0)
         return found.step, str(found.path), ()
-    moments = [{n for n in names if n.startswith("optimizer.")} for names in (there, mine)]
+    mine, leave, said = rank_states(mine, found.path)
+    moments = [{n for n in names if n.startswith("optimizer.") and n not in leave} for names in (there, mine)]
     if moments[0] != moments[1]:
         odd = min(moments[0] ^ moments[1])
         raise UserError(
             f"{found.path}: its optimizer's state is not that of this run's optimizer ({odd} is in one alone): "
             + _WEIGHTS_ALONE
         )
-    load_checkpoint(found.path, mine)
+    load_checkpoint(found.path, mine, leave=leave)
     go_on(run, found.step, state["updates"], state["tokens"])
     run.journal = journal_from_json(state["journal"])
     if run.scaler is not None:
         run.scaler.restore(state.get("loss_scale"))
     rebatch(run, state, found.path)
     lines = [line for line in changes(run, state, found.path) if not line.startswith("start.")]
-    return found.step, str(found.path), (f"other settings than there: {'; '.join(lines)}",) if lines else ()
+    other = [f"other settings than there: {'; '.join(lines)}"] if lines else []
+    return found.step, str(found.path), (*said, *other)
 
 
 def _from_gptneox(run: Run, path: Path, cfg: StartConfig) -> tuple[int, str, tuple[str, ...]]:
