@@ -26,9 +26,9 @@ def config_of(parallel="", heads=16):
         (1, 1, 100, (0, 1, 1)),
         (4, 4, 100, (0, 1, 1)),
         (4, 4, 5.0, (1, 1, 1)),
-        (4, 4, 3.0, (2, 1, 1)),
+        (4, 4, 3.5, (2, 1, 1)),
         (4, 4, 2.2, (3, 1, 1)),
-        (8, 8, 0.8, (3, 2, 1)),
+        (8, 8, 1.0, (3, 2, 1)),
         (16, 8, 100, (0, 2, 1)),  # eight samples are not enough for sixteen replicas
         (16, 1, 100, (0, 1, 2)),  # nor does a host have several ranks
     ],

@@ -1,21 +1,68 @@
-"""`castalia plan CONFIG [--json]`: what a configuration weighs and costs, reckoned without torch."""
+"""`castalia plan CONFIG`: what a configuration weighs and costs; with `--machine`, the layouts to run it in.
+
+A configuration alone is reckoned without torch, at once. `--measure` describes this machine for `--machine`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from castalia.cli import split_settings
+from castalia.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("settings", nargs="+", metavar="FILE|key=value", help="configuration files and overrides")
+    parser.add_argument("settings", nargs="*", metavar="FILE|key=value", help="configuration files and overrides")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--machine", metavar="NAME|FILE", help="rank every layout on this machine (docs/plan.md)")
+    parser.add_argument("--devices", type=int, metavar="N", help="of how many devices (default: one node's)")
+    parser.add_argument("--top", type=int, metavar="N", help="layouts to list (default: 10)")
+    parser.add_argument("--choose", type=int, metavar="N", help="which of them to look at and write (default: 1)")
+    parser.add_argument("--write", metavar="FILE", help="write the configuration with the chosen layout")
+    parser.add_argument("--measure", metavar="FILE", help="measure this machine, and describe it in a file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the sizes."""
+    """Print the sizes, the layouts or the machine."""
+    if args.measure:
+        return _measure(args)
+    if not args.settings:
+        raise UserError("castalia plan wants a configuration; `castalia plan --help` lists the arguments")
+    if args.machine:
+        return _layouts(args)
+    for flag in ("devices", "top", "choose", "write"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is about layouts on a machine: give --machine too")
+    return _sizes(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from castalia.tools.plan_run import measure_machine
+
+    if args.settings or args.machine:
+        raise UserError("--measure describes this machine, whatever is trained on it: give it alone")
+    print("\n".join(measure_machine(args.measure)), file=sys.stderr if args.json else sys.stdout)
+    return 0
+
+
+def _layouts(args: argparse.Namespace) -> int:
+    from castalia.tools.plan_run import plan_layouts
+
+    for flag in ("devices", "top", "choose"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: give 1 or more")
+    files, overrides = split_settings(args.settings)
+    lines, answer = plan_layouts(
+        files, overrides, args.machine, args.devices, args.top or 10, args.choose or 1, args.write
+    )
+    print(json.dumps(answer, indent=2) if args.json else "\n".join(lines))
+    return 0
+
+
+def _sizes(args: argparse.Namespace) -> int:
     from castalia.config import load, notes
     from castalia.config.curriculum import trained_tokens
     from castalia.config.derive import derive
