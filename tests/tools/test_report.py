@@ -161,7 +161,8 @@ def test_everything_that_a_run_may_record(tmp_path: Path) -> None:
     noise = {"noise_scale": 5.0, "noise_scale_low": 2.0}
     add(run, *({"kind": "train", "step": 100 + i, "tokens": 10**5, "seconds": 50 + i, **noise} for i in range(1, 4)))
     add(run, {"kind": "train", "step": 104, "tokens": 10**5, "seconds": 54.0, "noise_scale": 6.0, "odd": 1.0})
-    add(run, {"kind": "train", "step": 105, "tokens": 10**5, "seconds": 55.0, "odd": 2.0, "timers": {"forward": 0.1}})
+    add(run, {"kind": "train", "step": 105, "tokens": 10**5, "seconds": 55.0, "odd": 2.0})
+    add(run, {"kind": "timers", "step": 105, "seconds": {"forward": 0.1}})
     for step in (104, 105):
         add(run, {"kind": "noise", "step": step, "groups": {"layers": {"value": float(step), "low": 1.0}}})
     add(run, {"kind": "event", "step": 40, "event": "resume", "text": "on"})

@@ -6,7 +6,6 @@ import builtins
 import io
 import json
 import socket
-import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from castalia.config import Config
 from castalia.errors import UserError
+from castalia.tools.tracker_numbers import tensorboard_scalars, wandb_records
 from castalia.train.console import Console
 from castalia.train.loop import Stopped
 from castalia.train.metrics import Metrics, MetricsFile, read_metrics
@@ -128,17 +128,6 @@ def test_the_console_tells_a_skipped_step():
     )
 
 
-def tensorboard_scalars(folder):
-    """Name and step -> value, of all event files, as TensorBoard shows them (purged steps left out)."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    tags = events.Tags()
-    numbers = {(tag, e.step): e.value for tag in tags["scalars"] for e in events.Scalars(tag)}
-    return numbers, [tag.removesuffix("/text_summary") for tag in tags["tensors"]]
-
-
 def test_tensorboard_has_every_number(tiny_values, tmp_path):
     pytest.importorskip("tensorboard", reason="pip install 'castalia[tensorboard]'")
     folder = tmp_path / "events"
@@ -167,28 +156,6 @@ def test_tensorboard_goes_on_after_a_kill(tiny_values, tmp_path, monkeypatch):
     losses = {s: v for (name, s), v in numbers.items() if name == "train/lm_loss"}
     assert sorted(losses) == list(range(1, 13))
     assert numbers.keys() == all_scalars(run).keys()
-
-
-def wandb_records(file):
-    """What an offline run's file holds: protocol buffers in LevelDB's log format, after seven bytes of its own.
-
-    Blocks of 32 KiB; a piece has a checksum (4 bytes), a length (2) and a kind (1): whole, first, middle, last.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, whole, records = file.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while at < len(data):
-        if 32768 - at % 32768 < 7:  # too little is left in the block for a piece's head
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            records.append(wandb_internal_pb2.Record.FromString(whole))
-            whole = b""
-    return records
 
 
 def test_wandb_has_every_number(tiny_values, tmp_path, monkeypatch):

@@ -1,76 +1,50 @@
-"""The same numbers in Comet's archive, MLflow's database and Trackio's, over two sittings; each if installed."""
+"""The same numbers in every tracker that is installed, over two sittings of one run; what they refuse."""
 
 from __future__ import annotations
-
-import json
-import zipfile
 
 import pytest
 
 from castalia.config import Config
-from castalia.errors import UserError
-from castalia.train.loop import Stopped
-from castalia.train.metrics import read_metrics
+from castalia.errors import CheckFailed, UserError
+from castalia.tools.tracker_numbers import TRACKERS, installed, largest_difference, log_everywhere
 from castalia.train.run import train
-from castalia.train.sinks import scalars
 
 
-def two_sittings(values, **logging):
-    """A run that stops in the middle and goes on; every number of its records, by name and step."""
-    values = values | {"logging": {"interval": 1, **logging}}
-    stop = values | {"training": values["training"] | {"exit_interval": 5}}
-    with pytest.raises(Stopped):
-        train(Config.model_validate(stop), quiet=True)
-    run = train(Config.model_validate(values), quiet=True)
-    records = read_metrics(run.directory / "metrics.jsonl")
-    return run, {(name, r["step"]): value for r in records for name, value in scalars(r).items()}
+@pytest.fixture(scope="module")
+def logged(tiny_data, tmp_path_factory):
+    """What the run recorded, and what each tracker has of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_SILENT", "true")
+        values = {
+            "name": "tiny",
+            "output": str(tmp_path_factory.mktemp("logged") / "run"),
+            "data": {"path": str(tiny_data), "split": "80,20,0", "seq_length": 32},
+            "model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4},
+            "training": {"steps": 6, "batch_size": 8, "micro_batch_size": 4},
+            "evaluation": {"interval": 3, "batches": 1},
+            "checkpoint": {"interval": 3},
+            "performance": {"threads": 1, "peak_flops": 1e11},
+        }
+        return log_everywhere(values, installed())
 
 
-def test_mlflow_holds_every_number(tiny_values):
-    mlflow = pytest.importorskip("mlflow")
-    run, expected = two_sittings(tiny_values, mlflow_experiment="tests")
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.directory / 'mlflow.db'}")
-    (found,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    assert found.info.status == "FINISHED" and found.data.params["optimizer.lr"] == "0.01"
-    kept = {
-        (name, m.step): m.value
-        for name in {name for name, _ in expected}
-        for m in client.get_metric_history(found.info.run_id, name)
-    }
-    assert kept == pytest.approx(expected)
+@pytest.mark.parametrize("name", TRACKERS)
+def test_every_tracker_holds_every_number(name, logged):
+    expected, held = logged
+    if name not in held:
+        pytest.skip(f"{TRACKERS[name].package} is not installed")
+    assert ("train/lm_loss", 6) in expected and ("validation/lm_loss", 3) in expected
+    assert any(key.startswith("gradient_norms/") for key, _ in expected)
+    assert largest_difference(expected, held[name]) < 1e-6
 
 
-def test_comet_keeps_an_archive_of_each_sitting(tiny_values):
-    pytest.importorskip("comet_ml")
-    run, expected = two_sittings(tiny_values, comet_project="tests", comet_mode="offline", comet_tags=["a"])
-    archives = list((run.directory / "comet").glob("*.zip"))
-    assert len(archives) == 2
-    kept = {}
-    for path in archives:
-        with zipfile.ZipFile(path) as archive:
-            for line in archive.read("messages.json").decode().splitlines():
-                message = json.loads(line)
-                metric = message.get("payload", {}).get("metric")
-                if metric:
-                    kept[metric["metricName"], message["payload"]["metric"]["step"]] = float(metric["metricValue"])
-    assert {k: v for k, v in kept.items() if k in expected} == pytest.approx(expected)
-
-
-def test_trackio_holds_every_number(tiny_values, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio")
-    import trackio.sqlite_storage as storage
-    import trackio.utils
-
-    for module in (storage, trackio.utils):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
-    run, expected = two_sittings(tiny_values, trackio_project="tests")
-    (name,) = storage.SQLiteStorage.get_runs("tests")
-    assert name.startswith("tiny-")
-    kept = {}
-    for row in storage.SQLiteStorage.get_logs("tests", name):
-        kept |= {(key, row["step"]): value for key, value in row.items() if key not in ("step", "timestamp")}
-    assert {k: v for k, v in kept.items() if k in expected} == pytest.approx(expected)
+def test_a_number_that_is_missing_or_off_is_found():
+    expected = {("a", 1): 1.0, ("b", 1): 0.0}
+    assert largest_difference(expected, dict(expected)) == 0
+    with pytest.raises(CheckFailed, match="1 of 2 numbers are missing"):
+        largest_difference(expected, {("a", 1): 1.0})
+    with pytest.raises(CheckFailed, match="is 1.1, not 1.0"):
+        largest_difference(expected, expected | {("a", 1): 1.1})
 
 
 @pytest.mark.parametrize(

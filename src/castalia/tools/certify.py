@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from castalia.errors import CheckFailed, UserError
 from castalia.tools.kills import kill_campaign
@@ -178,6 +179,13 @@ STEPS = 800
 
 def write_small_run(folder: Path) -> Path:
     """A tiny data set, and a configuration that saves after every step."""
+    path = folder / "run.yml"
+    path.write_text(json.dumps(small_run(folder), indent=2), encoding="utf-8")
+    return path
+
+
+def small_run(folder: Path) -> dict[str, Any]:
+    """A tiny data set, and the values of a configuration that saves after every step."""
     import random
 
     from castalia.data.prepare import prepare
@@ -191,7 +199,7 @@ def write_small_run(folder: Path) -> Path:
     for i in range(80):
         (texts / f"{i:02d}.txt").write_text(" ".join(draw.choice(words) for _ in range(80)), encoding="utf-8")
     prepare([texts], folder / "tokens", load_tokenizer("byte"), overwrite=True)
-    values = {
+    return {
         "data": {"path": str(folder / "tokens"), "split": "80,20,0", "seq_length": 64},
         "model": {"num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "residual": "parallel"},
         "training": {"steps": STEPS, "batch_size": 8, "micro_batch_size": 4},
@@ -200,9 +208,6 @@ def write_small_run(folder: Path) -> Path:
         "logging": {"interval": 1},
         "performance": {"threads": 1, "peak_flops": 1e11},
     }
-    path = folder / "run.yml"
-    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    return path
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -271,6 +276,13 @@ def certify_reshard(folder: Path) -> str:
     return reshard.certify_reshard(folder)
 
 
+def certify_trackers(folder: Path) -> str:
+    """The same run in TensorBoard, W&B, Comet, MLflow and Trackio at once: each read back, without a network."""
+    from castalia.tools import tracker_numbers
+
+    return tracker_numbers.certify_trackers(folder)
+
+
 CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "layouts": certify_layouts,
     "training_kills": certify_training_kills,
@@ -284,6 +296,7 @@ CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "smollm2": certify_smollm2,
     "index_mutations": certify_index_mutations,
     "source_mutations": certify_source_mutations,
+    "trackers": certify_trackers,
 }
 
 

@@ -127,7 +127,8 @@ details{margin-top:12px} summary{cursor:pointer;font-weight:600} details[open] s
 .switch,.readout{display:none}.switches{position:static}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .card,.facts div,tr,.chart{break-inside:avoid}h2,summary{break-after:avoid}details.card{break-inside:auto}
 .facts dd{font-size:17px}table{font-size:10px}.runs th,.runs td,th,td{padding:4px 6px}
-thead th,td small{font-size:9px;white-space:normal}.charts{gap:8px}.card{padding:8px 10px}.scroll{padding:0;overflow:visible}
+thead th,td small{font-size:9px;white-space:normal}
+.charts{gap:8px}.card{padding:8px 10px}.scroll{padding:0;overflow:visible}
 .switches{background:none;padding:0}}
 """
 )

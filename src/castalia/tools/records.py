@@ -193,8 +193,9 @@ def _beside(kinds: dict[str, list[Record]]) -> dict[int, Record]:
             if isinstance(ends, dict) and is_number(ends.get("value")):
                 out.setdefault(record["step"], {})[f"noise scale of {group}"] = ends["value"]
     for record in kinds.get("timers", []):
-        values = {k: v for k, v in record.items() if k not in ("v", "kind", "step")}
-        out.setdefault(record["step"], {}).update(_flat({"timers": _flat(values)}))
+        phases = record.get("seconds")
+        if isinstance(phases, dict):
+            out.setdefault(record["step"], {}).update(_flat({"timers": phases}))
     return out
 
 

@@ -26,7 +26,8 @@ _MOST_OTHERS = 16
 """Charts of quantities that this file does not know."""
 _KNOWN = {
     "v", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "parameter_norm", "tokens_per_second", "mfu",
-    "peak_memory", "noise_scale", "noise_scale_low", "noise_scale_high",
+    "samples_per_second", "step_seconds", "flops_per_second", "peak_memory",
+    "noise_scale", "noise_scale_low", "noise_scale_high",
 }  # fmt: skip
 _WHOLE, _HALF = 1070, 520  # pixels
 
