@@ -93,6 +93,10 @@ def _micro_batch(old: Config, new: Config) -> Kind:
     return "numerics" if uneven or balanced else "performance"
 
 
+def _noise_window(old: Config, new: Config) -> Kind:
+    return "cosmetic" if new.batch_controller.start is None else "numerics"
+
+
 def _vocab_multiple(old: Config, new: Config) -> Kind:
     return "cosmetic" if old.model.vocab_size == new.model.vocab_size is not None else "numerics"
 
@@ -115,6 +119,7 @@ _KINDS: dict[str, Callable[[Config, Config], Kind]] = {
     "training.steps": _steps,
     "training.tokens": _tokens,
     "training.micro_batch_size": _micro_batch,
+    "logging.noise_scale_window": _noise_window,
     "model.vocab_multiple": _vocab_multiple,
     "data.path": _place,
     "data.train_paths": _places("train_paths"),
@@ -133,6 +138,7 @@ RESUME_RULES = {
     "training.steps": "numerics, but a resumed run may change it while schedule.decay_steps stays as it was",
     "training.micro_batch_size": "performance, but numerics where loss.normalisation is micro_batch_mean "
     "and data.mask_loss_at_eod is true, or where experts are balanced over a micro-batch",
+    "logging.noise_scale_window": "cosmetic, but numerics with batch_controller.start, which decides by it",
     "model.vocab_multiple": "numerics through model.vocab_size only",
     "data.path": "where the data lies; a resumed run compares what is in it",
     "data.exclude": "numerics, but a resumed run may change it: the list holds from there on, as the journal notes",

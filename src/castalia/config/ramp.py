@@ -4,7 +4,8 @@
     samples: |─ each for batch_ramp_samples / number of increments ─|─ the rest of the run ...
 
 Sizes grow by equal increments at equal distances in samples, each at the first step that begins beyond
-its mark (as Megatron-LM's `--rampup-batch-size`; Narayanan et al. 2021).
+its mark (as Megatron-LM's `--rampup-batch-size`; Narayanan et al. 2021). With `batch_controller` the run itself
+decides when they grow, and the plan of steps begins with its first size.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def levels(training: TrainingConfig) -> tuple[Level, ...]:
     return (*found, Level(step, sample, end))
 
 
+def planned(config: Config) -> tuple[Level, ...]:
+    """The batch sizes that hold until something is decided during the run."""
+    start = config.batch_controller.start
+    return levels(config.training) if start is None else (Level(0, 0, start),)
+
+
 def batch_size(found: Sequence[Level], step: int) -> int:
     """Samples in a step, counted from 0."""
     return found[bisect_right(found, step, key=lambda level: level.first_step) - 1].size
@@ -57,5 +64,5 @@ def steps_for(found: Sequence[Level], samples: int) -> int:
 
 
 def run_samples(config: Config, steps: int) -> int:
-    """Samples of the first `steps` steps of a run."""
+    """Samples of the first `steps` steps of a run; where a controller decides on batches, the most that may be."""
     return samples_before(levels(config.training), steps)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from castalia.config.schema_batch import BatchControllerConfig
 from castalia.config.schema_guard import GuardConfig as GuardConfig
 from castalia.config.schema_launch import LaunchConfig
 from castalia.config.schema_model import ModelConfig
@@ -495,6 +496,9 @@ class Config(Section):
     training: TrainingConfig = Field(
         default_factory=lambda: TrainingConfig(steps=1000), description="how long, how much at once"
     )
+    batch_controller: BatchControllerConfig = Field(
+        default_factory=BatchControllerConfig, description="a batch that grows by the gradient noise"
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="gradients to weights")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning rate by step")
     loss: LossConfig = Field(default_factory=LossConfig, description="what is minimised")
@@ -554,6 +558,7 @@ class Config(Section):
         if self.loss.mtp != LossConfig.model_fields["mtp"].default and not self.model.mtp_depth:
             raise ValueError("loss.mtp weighs what model.mtp_depth predicts: give model.mtp_depth, or leave it out")
         self._addressable()
+        self.batch_controller.check(self.training, self.logging, self.data)
         if self.guard.spikes != "none" and self.training.nonfinite == "skip":
             raise ValueError("training.nonfinite skip and guard.spikes both answer what is not a number: give one")
         if self.training.batch_ramp_start is not None and self.data.curriculum != "none":

@@ -100,11 +100,25 @@ class Rebatch:
         object.__setattr__(self, "before", tuple(Level(*level) for level in self.before))
 
 
-Amendment = Skip | Exclude | Rebatch
-AMENDMENTS: Mapping[str, type[Skip] | type[Exclude] | type[Rebatch]] = {
+@dataclass(frozen=True)
+class Resize:
+    """Amendment: from `from_step` on each step has so many samples, until the next entry that changes that.
+
+    Attributes:
+        from_step: the first step with the new size.
+        size: samples in each step.
+    """
+
+    from_step: int
+    size: int
+
+
+Amendment = Skip | Exclude | Rebatch | Resize
+AMENDMENTS: Mapping[str, type[Skip] | type[Exclude] | type[Rebatch] | type[Resize]] = {
     "skip": Skip,
     "exclude": Exclude,
     "rebatch": Rebatch,
+    "resize": Resize,
 }
 
 
@@ -178,13 +192,17 @@ class RunPlan:
 
     def _sizes(self) -> tuple[Level, ...]:
         """The batch sizes by step and sample, as configured and amended."""
-        changes = [entry for entry in self.journal if isinstance(entry, Rebatch)]
+        changes = [entry for entry in self.journal if isinstance(entry, Rebatch | Resize)]
         if not changes:
             return self._configured
         out: list[Level] = []
         begin = 0
-        ends = [*(entry.from_step for entry in changes), self.steps]
-        for end, found in zip(ends, [*(e.before for e in changes), self._configured], strict=True):
+        for number, end in enumerate([*(entry.from_step for entry in changes), self.steps]):
+            last = changes[number - 1] if number else None
+            # A stretch without a size of its own is of the settings that the next entry for such replaces.
+            settings = (entry.before for entry in changes[number:] if isinstance(entry, Rebatch))
+            resized = (Level(0, 0, last.size),) if isinstance(last, Resize) else None
+            found = resized or next(settings, self._configured)
             # Each stretch of steps takes the sizes of its own settings, and begins where the samples were.
             steps = [begin, *(level.first_step for level in found if begin < level.first_step < end)]
             for step in steps if end > begin or end == self.steps else ():
@@ -199,8 +217,9 @@ class RunPlan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The batch sizes of the run, in order."""
-        return tuple(level.size for level in self.levels or ()) or (self.batch_size,)
+        """Every batch size that the run has or may come to have, in order."""
+        resized = (entry.size for entry in self.journal if isinstance(entry, Resize))
+        return tuple(dict.fromkeys((*(level.size for level in self._configured), *resized, self.batch_size)))
 
     @property
     def num_samples(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from castalia.config import Config
 from castalia.config.curriculum import sequence_length
-from castalia.config.ramp import levels, run_samples
+from castalia.config.ramp import planned, run_samples
 from castalia.data.blend import blend_requests, weights_by_num_documents
 from castalia.data.blend_tree import ComputedBlend
 from castalia.data.exclusions import excluded_documents
@@ -151,7 +151,7 @@ def run_plan(config: Config, steps: int, journal: tuple[Amendment, ...]) -> RunP
     """Which samples each step of a run takes, and how much of them."""
     data = config.data
     lengths = None if data.curriculum == "none" else partial(sequence_length, data)
-    return RunPlan(config.training.batch_size, data.seq_length, steps, journal, lengths, levels(config.training))
+    return RunPlan(config.training.batch_size, data.seq_length, steps, journal, lengths, planned(config))
 
 
 def check_samples(plan: RunPlan, held: int) -> None:

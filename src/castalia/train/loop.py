@@ -18,6 +18,7 @@ from castalia.config import CheckpointConfig
 from castalia.data.loader import Batch
 from castalia.errors import UserError
 from castalia.optim import learning_rate
+from castalia.train.controller import control_batch
 from castalia.train.guard import step_around
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
             run.record_step(stats, lr, grad_norm, time.perf_counter() - started)
+            control_batch(run)
             run.beat()
 
             # Once in a while.

@@ -135,7 +135,8 @@ def check_noise(config: Config, layout: Layout) -> None:
     if layout.pipeline > 1 and (shared or layout.zero):
         what = "ZeRO" if layout.zero else "weights that several stages share"
         raise UserError(f"logging.noise_scale does not go together with {what} in a pipeline: leave it out here")
-    micro = config.training.batch_size // (config.micro_batch_size * layout.data)
+    batch = config.batch_controller.start or config.training.batch_size
+    micro = batch // (config.micro_batch_size * layout.data)
     seen = layout.data if layout.pipeline > 1 else micro if layout.zero else micro * layout.data
     if seen == 1:
         raise UserError(

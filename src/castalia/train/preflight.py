@@ -31,6 +31,7 @@ from castalia.parallel.auto import choose_layout
 from castalia.parallel.layout import layout_of
 from castalia.parallel.parallelize import check_model
 from castalia.parallel.world import World, device_memory, enter_world, processes_here
+from castalia.train.controller import check_controller
 from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats, unread_sources
 from castalia.train.evaluation import check_tasks
 from castalia.train.noise import check_noise
@@ -89,6 +90,7 @@ def prepare_run(config: Config) -> Prepared:
     check_model(full, layout_of(full.parallel, world.size))
     check_tasks(full, layout_of(full.parallel, world.size), tokenizer)
     check_noise(full, layout_of(full.parallel, world.size))
+    check_controller(full, layout_of(full.parallel, world.size))
     if full.training.precision == "fp8" and (problem := missing_float8(world.device)):
         raise UserError(
             f"training.precision fp8: the device {world.device} cannot multiply float8 matrices ({problem}): "

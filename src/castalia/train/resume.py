@@ -19,8 +19,8 @@ from castalia.checkpoint import Mirror, MirrorFailed, find_checkpoint, load_chec
 from castalia.checkpoint.layout import step_of
 from castalia.config.compare import accepted_lines, differences
 from castalia.config.load import check_values
-from castalia.config.ramp import levels
-from castalia.data.plan import Rebatch, journal_from_json
+from castalia.config.ramp import planned
+from castalia.data.plan import Rebatch, Resize, journal_from_json
 from castalia.errors import UserError
 from castalia.optim.one_bit import ERRORS
 from castalia.train.forward import check_logits
@@ -177,8 +177,12 @@ def take_state(run: Run, state: dict[str, Any]) -> None:
 
 def rebatch(run: Run, state: dict[str, Any], path: Path) -> None:
     """Where batches had other sizes so far: note it, so that the data goes on where it was."""
-    before = levels(check_values(state["config"], str(path)).training)
-    if run.step == 0 or before == levels(run.config.training):
+    before, largest = planned(check_values(state["config"], str(path))), run.config.training.batch_size
+    sizes = [entry for entry in run.journal if isinstance(entry, Rebatch | Resize)]
+    decided = sizes[-1].size if sizes and isinstance(sizes[-1], Resize) else 0
+    # What a controller has decided stays only with one, and within its bounds.
+    stays = not decided or (run.config.batch_controller.start is not None and decided <= largest)
+    if run.step == 0 or (stays and before == planned(run.config)):
         return
     run.journal = (*run.journal, Rebatch(run.step, before))
     run.console.say(f"batches have other sizes from step {run.step} on; their samples follow on those that were read")

@@ -363,7 +363,7 @@ class Run:
         say(
             f"{cfg.name}: {human(size.total_parameters)} parameters "
             f"({human(size.non_embedding_parameters)} without embeddings), "
-            f"{human(tokens)} tokens in {self.steps} steps, "
+            f"{'at most ' if cfg.batch_controller.start else ''}{human(tokens)} tokens in {self.steps} steps, "
             f"{cfg.training.precision} on {self.world.device}"
             + (f" of {self.world.size} processes: {self.mesh.layout}" if self.world.size > 1 else "")
         )
