@@ -355,9 +355,10 @@ class Run:
         lines = [*notes(cfg), *self.derivation] if self.verbose else remarks(cfg)
         for line in lines:
             say(f"  {line}")
-        unsaid = len(notes(cfg)) + len(self.derivation) - len(lines)
-        if unsaid:
-            say(f"  {unsaid} settings were translated or follow from others: see --verbose, or `castalia config check`")
+        unsaid = {"were translated": len(notes(cfg)) - len(lines), "follow from others": len(self.derivation)}
+        if not self.verbose and any(unsaid.values()):
+            said = " and ".join(f"{count} {what}" for what, count in unsaid.items() if count)
+            say(f"  of the settings {said}: see --verbose, or `castalia config check`")
         tokens = trained_tokens(cfg, self.steps)
         unit = "measured" if cfg.performance.peak_flops is None else "given"
         say(
