@@ -10,10 +10,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 from castalia import __version__
 from castalia.errors import UserError
@@ -54,6 +58,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving."""
         hint = ""
+        wrong = re.fullmatch(r"argument (.+): invalid choice: (.+) \(choose from (.+)\)", message)
+        if wrong and not wrong[1].startswith("-"):
+            message = f"{wrong[2]} is none of {wrong[3].replace(chr(39), '')}"
         if message.startswith("unrecognized arguments: "):
             from difflib import get_close_matches
 
@@ -99,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in vars(args).items():
             if name in _PATHS and isinstance(value, str):  # a shell expands `~` at the start of a word alone
                 setattr(args, name, os.path.expanduser(value))
-        return int(module.run(args))
+        with _spoken_warnings():
+            return int(module.run(args))
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output has gone, as in `castalia ... | head`
@@ -125,6 +133,29 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional arguments -> (configuration files, overrides): whatever holds a `=` is an override."""
     files = [a for a in arguments if "=" not in a]
     return files, [a for a in arguments if "=" in a]
+
+
+@contextmanager
+def _spoken_warnings() -> Iterator[None]:
+    """Let a warning of our own be one line for people, without the place in the code that it came from."""
+    with warnings.catch_warnings():
+        other = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category is UserWarning and "castalia" in Path(filename).parts:
+                print(f"castalia: WARNING: {message}", file=sys.stderr)
+            else:
+                other(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _usable_output() -> None:
