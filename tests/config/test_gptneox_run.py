@@ -24,6 +24,16 @@ SMALL: dict[str, Any] = {
 NOTHING = {"start.path": None, "start.step": None, "start.optimizer": True}
 WANDB = {f"logging.wandb_{key}": None for key in ("project", "group", "entity", "name", "host")}
 
+NO_PROFILE = {
+    "profile.start": None,
+    "profile.stop": None,
+    "profile.trace": True,
+    "profile.memory": False,
+    "profile.modules": None,
+    "profile.folder": None,
+    "profile.synchronise": False,
+}
+
 
 @pytest.fixture
 def translated(tmp_path):
@@ -56,6 +66,24 @@ def translated(tmp_path):
         ({"log_grad_norm": False}, {"logging.norms": []}),
         ({"log_grad_pct_zeros": True, "char_level_ppl": True}, {"logging.zero_gradients": True}),
         ({"char_level_ppl": True}, {"evaluation.characters": True}),
+        ({}, NO_PROFILE),
+        ({"profile_step_start": 3, "memory_profiling_path": "p", "flops_profiler": {"enabled": False}}, NO_PROFILE),
+        (
+            {"profile": True},
+            NO_PROFILE | {"profile.start": 11, "profile.stop": 12, "profile.trace": True},
+        ),
+        (
+            {"memory_profiling": True, "memory_profiling_path": "p", "profile_step_start": 0, "profile_step_stop": 1},
+            NO_PROFILE
+            | {"profile.start": 1, "profile.stop": 1, "profile.trace": False, "profile.memory": True}
+            | {"profile.folder": "p"},
+        ),
+        ({"profile": True, "train_iters": 5}, NO_PROFILE),
+        ({"flops_profiler": {"enabled": True}}, NO_PROFILE | {"profile.modules": 2}),
+        ({"flops_profiler": {"enabled": True, "profile_step": 4, "detailed": True}}, {"profile.modules": 5}),
+        ({"flops_profiler": {"enabled": True, "profile_step": 99}}, NO_PROFILE),
+        ({"wall_clock_breakdown": True}, NO_PROFILE | {"profile.synchronise": True}),
+        ({"profile_backward": True}, NO_PROFILE | {"profile.synchronise": True}),
         ({}, WANDB),
         ({"use_wandb": False, "wandb_project": "p", "wandb_team": "t"}, WANDB),
         ({"wandb_group": "g"}, WANDB),
@@ -95,6 +123,10 @@ def test_what_keys_become(translated, given, expected) -> None:
         ({"wandb_group": "g"}, "use_wandb: not given, so W&B is off here"),
         ({"wandb_group": "g"}, "wandb_group: used only with use_wandb: true"),
         ({"use_wandb": False}, "use_wandb: W&B is not used"),
+        ({"profile": True, "train_iters": 5}, "profile_step_start: 10 is beyond train_iters, so nothing is profiled"),
+        ({"profile_step_stop": 5}, "profile_step_stop: used only with profile or memory_profiling"),
+        ({"flops_profiler": {"enabled": True, "top_modules": 3}}, "flops_profiler: top_modules left out"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown: became profile.synchronise True"),
         ({"use_wandb": True, "wandb_group": "g"}, "wandb_group: became logging.wandb_group g"),
     ],
 )

@@ -165,9 +165,9 @@ def _notes(given: Given, values: Mapping[str, Any], became: Mapping[str, list[st
 
 
 def _is_their_block(key: str, value: Any) -> bool:
-    """GPT-NeoX has mappings `optimizer` (with `params`) and `checkpoint` too."""
+    """GPT-NeoX has mappings `optimizer` (with `params`) and `checkpoint` too, and a switch `profile`."""
     if not isinstance(value, dict) or not is_their_key(key):
-        return False
+        return isinstance(value, bool) and is_their_key(key)
     section = Config.model_fields[key].annotation
     fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
     return "params" in value if key == "optimizer" else not value.keys() & fields.keys()

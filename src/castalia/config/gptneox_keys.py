@@ -222,6 +222,14 @@ TRANSLATED: dict[str, Translated] = {
     "wandb_host": _same("text", "https://api.wandb.ai"),
     "wandb_init_all_ranks": _same("bool", False),
     "peak_theoretical_tflops": _same("number"),
+    "profile": _same("bool", False),
+    "profile_step_start": _same("int", 10),
+    "profile_step_stop": _same("int", 12),
+    "memory_profiling": _same("bool", False),
+    "memory_profiling_path": _same("text"),
+    "flops_profiler": _same("mapping"),
+    "wall_clock_breakdown": _same("bool", False),
+    "profile_backward": _same("bool", False),
 }
 
 _REPORTED = {
@@ -264,10 +272,10 @@ _REPORTED = {
         data_types""",
     "recomputing activations saves memory and changes no value": """
         checkpoint_num_layers contiguous_checkpointing
-        synchronize_each_layer profile_backward activation_checkpointing""",
+        synchronize_each_layer activation_checkpointing""",
     "changes no value; parallel.sequence shares the inputs of layers among tensor ranks": "partition_activations",
     "DeepSpeed is not used": """
-        deepspeed steps_per_print wall_clock_breakdown dump_state comms_logger checkpoint""",
+        deepspeed steps_per_print dump_state comms_logger checkpoint""",
     "the collective backend follows from the device": "distributed_backend",
     "links between devices are found by the collective library": "detect_nvlink_pairs",
     "metrics go to metrics.jsonl in the run's folder, and to TensorBoard or W&B if they are asked for above": """
@@ -275,8 +283,6 @@ _REPORTED = {
     "a run's records have nowhere to put free words; tags are kept": "comet_others",
     "the gradient noise scale is taken within each step, without keeping gradients": """
         gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload""",
-    "profiling is not part of the configuration": """
-        memory_profiling memory_profiling_path profile profile_step_start profile_step_stop flops_profiler""",
     "data is read by background threads: performance.prefetch": "num_workers mmap_warmup",
     "the kind of data set is seen from its files": "data_impl",
     "the order of samples is computed, and not written beside the data": "use_shared_fs",
@@ -354,6 +360,11 @@ IDLE: dict[str, str] = {
     "moe_jitter_eps": "used only by moe_router_type topk with moe_num_experts above 1",
     **dict.fromkeys(("moe_expert_interval", "moe_top_k", "moe_router_type"), "used only with moe_num_experts above 1"),
     "param_sharing_style": "used only with num_unique_layers",
+    "flops_profiler": "used only where it is enabled",
+    **dict.fromkeys(
+        ("profile_step_start", "profile_step_stop", "memory_profiling_path"),
+        "used only with profile or memory_profiling",
+    ),
     "sequence_parallel": "used only with model_parallel_size above 1",
     "pipe_partition_method": "used only with pipe_parallel_size above 1",
 }

@@ -4,6 +4,7 @@ load, save, finetune, iteration       start.*, output
 checkpoint_scale, s3_path, ...        checkpoint.*
 eval_interval, eval_iters             evaluation.*
 use_wandb, tensorboard_dir, log_*     logging.*
+profile, flops_profiler, ...          profile.*
 launcher, hostfile, comment           launch.*
 """
 
@@ -196,6 +197,51 @@ def peak_flops(given: Given) -> float | None:
     return None if peak is None else peak * 1e12
 
 
+# Profiling.
+
+
+def _window(given: Given) -> range | None:
+    """The steps that their profiler keeps, counted from 1: theirs count from 0, and the first one warms it up."""
+    if not (given["profile"] or given["memory_profiling"]):
+        return None
+    first, last = given["profile_step_start"], given["profile_step_stop"]
+    if first < 0 or last <= first:
+        given.fail("profile_step_stop", f"({last}) must be above profile_step_start {first}, which is 0 or more")
+    if first >= given.required("train_iters"):
+        given.remark(f"profile_step_start: {first} is beyond train_iters, so nothing is profiled")
+        return None
+    return range(first + 1, last + 1)
+
+
+def _profiles(value: Callable[[Given, range], Any]) -> Callable[[Given], Any]:
+    """A setting that counts where something is profiled."""
+
+    def of(given: Given) -> Any:
+        window = _window(given)
+        return None if window is None else value(given, window)
+
+    return of
+
+
+def profiled_modules(given: Given) -> int | None:
+    """The step that DeepSpeed's profiler takes, which it counts from 0; our files hold all that its settings choose."""
+    block = given["flops_profiler"] or {}
+    if not block.get("enabled"):
+        return None
+    step = block.get("profile_step", 1)
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        given.fail("flops_profiler", f"needs a whole number from 0 on as profile_step, got {str(step)[:40]}")
+    if step + 1 >= given.required("train_iters"):
+        given.remark(f"flops_profiler: profile_step {step} leaves no step after it, so nothing is profiled")
+        return None
+    more = sorted(block.keys() - {"enabled", "profile_step"})
+    if more:
+        given.remark(f"flops_profiler: {', '.join(more)} left out: what is written has every module at every depth")
+    return step + 1
+
+
+_WINDOW = ("profile", "memory_profiling", "profile_step_start", "profile_step_stop")
+
 # Launching.
 
 _LAUNCHERS = {name: name for name in ("pdsh", "openmpi", "mpich", "mvapich", "impi", "slurm")}
@@ -248,4 +294,15 @@ RUN_RULES: tuple[Rule, ...] = (
     Rule("launch.comment", ("comment",), lambda g: g["comment"]),
     Rule("launch.account", ("account",), lambda g: g["account"]),
     Rule("performance.peak_flops", ("peak_theoretical_tflops",), peak_flops),
+    Rule("profile.start", _WINDOW, _profiles(lambda g, window: window[0])),
+    Rule("profile.stop", _WINDOW, _profiles(lambda g, window: window[-1])),
+    Rule("profile.trace", ("profile",), _profiles(lambda g, _: g["profile"])),
+    Rule("profile.memory", ("memory_profiling",), _profiles(lambda g, _: g["memory_profiling"])),
+    Rule("profile.folder", ("memory_profiling_path",), _profiles(lambda g, _: g["memory_profiling_path"])),
+    Rule("profile.modules", ("flops_profiler",), profiled_modules),
+    Rule(
+        "profile.synchronise",
+        ("wall_clock_breakdown", "profile_backward"),
+        lambda g: True if g["wall_clock_breakdown"] or g["profile_backward"] else None,
+    ),
 )

@@ -24,6 +24,8 @@ from castalia.config.schema_model import ModelConfig
 from castalia.config.schema_optimizer import OptimizerConfig as OptimizerConfig
 from castalia.config.schema_optimizer import ScheduleConfig as ScheduleConfig
 from castalia.config.schema_parallel import ParallelConfig
+from castalia.config.schema_profile import ProfileConfig as ProfileConfig
+from castalia.config.schema_sampling import SamplingConfig
 from castalia.config.section import FieldClass as FieldClass
 from castalia.config.section import Section, setting
 
@@ -505,8 +507,10 @@ class Config(Section):
     guard: GuardConfig = Field(default_factory=GuardConfig, description="what happens where it jumps")
     start: StartConfig = Field(default_factory=StartConfig, description="what the run begins from")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="validation")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="texts while training")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saved state")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what is written")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="where time and memory go")
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig, description="speed only")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="who starts processes on other hosts")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="over how many processes, and how")

@@ -30,6 +30,7 @@ from castalia.parallel.context import rows_held, stretch
 from castalia.parallel.experts import rebalance
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh, local_mesh
 from castalia.train.auxiliary import Auxiliary
+from castalia.train.profile_timers import Timers
 
 
 @dataclass
@@ -59,9 +60,11 @@ class Engine(Protocol):
 
     Attributes:
         loss_scale: what the loss, so also the gradient in the store, is multiplied by; 1 but in fp16.
+        timers: told of the phases of a step.
     """
 
     loss_scale: float
+    timers: Timers
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
         """Accumulate the gradient of the global batch's loss into the store; dropout depends on `step`."""
@@ -129,7 +132,7 @@ class LocalEngine:
         self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0
         self.loss_sums = look_up(LOSSES, loss.function, "loss.function")
         self._experts: dict[int, list[int]] = {}
-        self.loss_scale = 1.0
+        self.loss_scale, self.timers = 1.0, Timers(self.device)
         self.measures_noise = False
 
         def hidden(
@@ -163,22 +166,26 @@ class LocalEngine:
             valid = batch.num_tokens
             # A micro-batch whose labels are all masked adds nothing; dividing by it would add NaN.
             scale = self.loss_scale / (max(global_tokens, 1) if by_tokens else all_micro_batches * max(valid, 1))
-            sums, collected, head = self._loss(batch, scale, self._dropout(batch, step), self.collects)
-            labels = batch.labels.to(self.device)
-            doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(self.device)
-            auxiliary.add(sums, collected, labels, len(labels) / all_rows, head, doc_ids).backward()
-            self.store.collect()
+            with self.timers("forward"):
+                sums, collected, head = self._loss(batch, scale, self._dropout(batch, step), self.collects)
+                labels = batch.labels.to(self.device)
+                doc_ids = None if batch.doc_ids is None else batch.doc_ids.to(self.device)
+                loss = auxiliary.add(sums, collected, labels, len(labels) / all_rows, head, doc_ids)
+            with self.timers("backward"):
+                loss.backward()
+                self.store.collect()
             if number == 0 and self.measures_noise:
                 small = small_part(self.store, self.mesh, valid, 1 / (scale * max(valid, 1)))
             nll += sums.nll
             means += sums.nll / max(valid, 1)
             tokens += valid
-        self.store.reduce()
+        with self.timers("reduce"):
+            self.store.reduce()
         nll_sum, mean_sum, count = self.mesh.sum([nll.item(), means.item(), tokens], *GRADIENT_AXES)
-        loss = nll_sum / max(count, 1) if by_tokens else mean_sum / all_micro_batches
+        mean = nll_sum / max(count, 1) if by_tokens else mean_sum / all_micro_batches
         auxiliary.reduce(lambda values: self.mesh.sum(values, *GRADIENT_AXES))
         self._experts = auxiliary.experts
-        return StepStats(nll_sum, int(count), loss, auxiliary.aux(int(count)), auxiliary.experts, small)
+        return StepStats(nll_sum, int(count), mean, auxiliary.aux(int(count)), auxiliary.experts, small)
 
     def updated(self) -> None:
         """See Engine: the routers' biases move by the use of experts in the step's batch."""

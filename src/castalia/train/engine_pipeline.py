@@ -29,6 +29,7 @@ from castalia.parallel.mesh import Mesh
 from castalia.parallel.stages import Part, Stage, make_schedule
 from castalia.train.auxiliary import Auxiliary
 from castalia.train.engine import StepStats, small_part, total_of_sequences
+from castalia.train.profile_timers import Timers
 
 SUMMED = ("pipeline", "replicate", "shard", "context")
 
@@ -59,7 +60,7 @@ class PipelineEngine:
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._by_tokens = config.loss.normalisation == "tokens"
         self.loss_scale, self._scale, self._micro_batches = 1.0, 1.0, 1
-        self.measures_noise = False
+        self.measures_noise, self.timers = False, Timers(mesh.device)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
@@ -70,14 +71,16 @@ class PipelineEngine:
         self.store.prepare(True, True)
         self._noted.clear()
         self.part.routed = self._routed if self._expert_layers else None
-        seen = self._through(micro_batches, train=True)
-        self.store.collect()
+        with self.timers("forward-backward"):
+            seen = self._through(micro_batches, train=True)
+            self.store.collect()
         small = None
         if self.measures_noise:
             valid = sum(batch.num_tokens for batch in micro_batches)
             parts = global_tokens / max(valid, 1) if self._by_tokens else self.mesh.layout.data
             small = small_part(self.store, self.mesh, valid, parts / self.loss_scale)
-        self.store.reduce()
+        with self.timers("reduce"):
+            self.store.reduce()
         nll, mean, count = self.mesh.sum(seen, *SUMMED)
         loss = nll / max(count, 1) if self._by_tokens else mean / self._micro_batches
         auxiliary = self._auxiliary()

@@ -50,14 +50,16 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
     cfg = run.config
     steps, clip = run.steps, cfg.optimizer.clip_grad
     with _signals() as caught, closing(_batches(run)) as batches:
+        timers = run.profiling.timers
         if run.step == 0 and not run.resumed and 0 in cfg.checkpoint.extra_steps:
             run.save()
         if run.resumed:
             _evaluate_if_due(run)  # a signal or a kill may have come between saving and validating
         started, skipped = time.perf_counter(), 0
-        for micro_batches in batches:
+        for micro_batches in timers.each("data", batches):
             run.beat()
             spec = run.loader.plan.at(run.step)
+            run.profiling.before(run, spec.step + 1)
             lr = learning_rate(run.updates, cfg.optimizer.lr, cfg.schedule, steps)
 
             # One step.
@@ -65,10 +67,11 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             if run.scaler is not None:
                 run.engine.loss_scale = run.scaler.scale
             stats = run.engine.forward_backward(micro_batches, tokens, spec.step)
-            if run.scaler is not None:
-                run.scaler.unscale(run.store.gradient_buffers())
-            norm = run.store.gradient_norm()
-            grad_norm = norm.item()
+            with timers("clip"):
+                if run.scaler is not None:
+                    run.scaler.unscale(run.store.gradient_buffers())
+                norm = run.store.gradient_norm()
+                grad_norm = norm.item()
             run.before_update()
             finite = math.isfinite(stats.loss) and math.isfinite(grad_norm)
             if finite or run.scaler is None:  # in fp16 an overflow is no spike
@@ -79,8 +82,9 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
             scalable = run.scaler is None or run.scaler.update(finite)
             if finite:
                 clipped = clip > 0 and grad_norm > clip
-                run.store.step(lr, divisor=(norm + 1e-6) / clip if clipped else None)
-                run.engine.updated()
+                with timers("optimizer"):
+                    run.store.step(lr, divisor=(norm + 1e-6) / clip if clipped else None)
+                    run.engine.updated()
                 run.updates, skipped = run.updates + 1, 0
             else:
                 skipped += 1
@@ -88,6 +92,7 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
                 run.store.discard()
             run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
+            run.profiling.after(run, run.step)
             run.record_step(stats, lr, grad_norm, time.perf_counter() - started)
             control_batch(run)
             run.beat()
@@ -131,11 +136,15 @@ def _batches(run: Run) -> Generator[list[Batch], None, None]:
 
 
 def _evaluate_if_due(run: Run) -> None:
-    """Validate after this step if the configuration says so and no earlier sitting did."""
+    """Validate, and let the model write, after this step if that is due and no earlier sitting did."""
     cfg = run.config.evaluation
     wanted = due(run.step, cfg.interval) or (run.step == run.steps and cfg.at_end)
     if wanted and run.step > 0 and run.last.get("valid", {}).get("step") != run.step:
         run.evaluate("valid")
+    every = run.config.sampling.interval
+    wanted = every is not None and (due(run.step, every) or run.step == run.steps)
+    if wanted and run.step > 0 and run.last.get("samples", {}).get("step") != run.step:
+        run.sample()
 
 
 def due(step: int, interval: int | None) -> bool:

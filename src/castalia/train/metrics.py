@@ -18,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from castalia.config import Config
 from castalia.errors import UserError
+from castalia.model.size import ModelSize
 from castalia.train.loop import Stopped
 
 VERSION = 1
@@ -151,6 +153,47 @@ class MetricsFile:
         except OSError:  # what could not be written was reported when it was
             if not failed:
                 raise
+
+
+def throughput(
+    config: Config, size: ModelSize, tokens: int, samples: int, steps: int, seconds: float, peak: float, processes: int
+) -> dict[str, float]:
+    """How fast some steps went, for their record.
+
+    Args:
+        config: complete.
+        size: of the model.
+        tokens, samples, steps: that took so many seconds, over all processes.
+        peak: FLOP/s that a process could reach.
+        processes: of the run.
+
+    Returns:
+        `tokens_per_second`, `samples_per_second`; `step_seconds`; `flops_per_second` of a process; `mfu`, and `hfu`,
+        which also counts what is computed again: both 0..1.
+    """
+    flops = tokens / seconds * size.flops_per_token / processes
+    return {
+        "tokens_per_second": tokens / seconds,
+        "samples_per_second": samples / seconds,
+        "step_seconds": seconds / steps,
+        "flops_per_second": flops,
+        "mfu": flops / peak,
+        "hfu": flops / peak * (1 + recomputed(config, size)),
+    }
+
+
+def recomputed(config: Config, size: ModelSize) -> float:
+    """FLOPs that performance.recompute adds, as a share of those that `castalia plan` counts.
+
+    A layer that is computed again costs its forward pass, a third of its FLOPs, once more; `selective` computes no
+    matrix product again.
+    """
+    model, cfg = config.model, config.performance
+    if cfg.recompute != "full":
+        return 0.0
+    heads = 6 * (1 + model.mtp_depth) * (model.vocab_size or 0) * model.hidden_size
+    layers = len(range(0, model.num_layers, cfg.recompute_every)) / (model.num_layers + model.mtp_depth)
+    return (size.flops_per_token - heads) / 3 * layers / size.flops_per_token
 
 
 def read_metrics(path: Path) -> list[Record]:

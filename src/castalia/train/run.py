@@ -45,12 +45,14 @@ from castalia.train.folder import made_folder, write_files
 from castalia.train.guard import Guard
 from castalia.train.loop import Callback, Stopped, train_loop
 from castalia.train.machine import measure_matmul_flops
-from castalia.train.metrics import Metrics, MetricsFile, Record, Unwritten
+from castalia.train.metrics import Metrics, MetricsFile, Record, Unwritten, throughput
 from castalia.train.noise import NoiseMeter
 from castalia.train.norms import Norms
 from castalia.train.output import copied_output
 from castalia.train.preflight import prepare_run
+from castalia.train.profile_run import Profiling
 from castalia.train.resume import resume
+from castalia.train.samples import write_samples
 from castalia.train.saving import Saving
 from castalia.train.sinks import make_sinks
 from castalia.train.start import Begun, begin
@@ -128,6 +130,7 @@ class Run:
         self.steps = self.config.training.steps or 0
         self.step_tokens = self.config.training.batch_size * self.config.data.seq_length
         self.directory = Path(self.config.run_dir)
+        self.profiling = Profiling(self.config, self.world, self.directory)
         self.console = Console(self.steps, self.step_tokens, quiet=quiet or not self.first)
         self.step = self.updates = self.tokens = 0
         self.journal: tuple[Amendment, ...] = ()
@@ -159,6 +162,7 @@ class Run:
             begun = self._assemble()
             opened.enter_context(self._open_metrics(begun))
             opened.enter_context(self.saving)
+            opened.enter_context(self.profiling)
             self._opened = opened.pop_all()
         return self
 
@@ -183,6 +187,7 @@ class Run:
         advice = self.noise.advice(self.config.training.batch_size)
         if advice is not None:
             self.console.say(advice)
+        self._record_timers(1)
         self.metrics.write("event", self.step, event="end", text=f"finished after {self.step} steps")
 
     # What the loop calls.
@@ -200,10 +205,13 @@ class Run:
         self.noise.add(stats, grad_norm, self.loader.plan.at(self.step - 1).num_samples)
         if not self._logs(self.step):
             return
-        rate = (self.tokens - self._counted) / sum(self._since)
+        curriculum, plan, steps = self.config.data.curriculum, self.loader.plan, len(self._since)
+        samples = sum(plan.at(step).num_samples for step in range(self.step - steps, self.step))
+        tokens, seconds = self.tokens - self._counted, sum(self._since)
+        peak, of = self.peak_flops, self.world.size
+        rates = throughput(self.config, self.size, tokens, samples, steps, seconds, peak, of)
         self._counted = self.tokens
         self._since.clear()
-        curriculum = self.config.data.curriculum
         self.last["train"] = self.metrics.write(
             "train",
             self.step,
@@ -215,8 +223,7 @@ class Run:
             loss_scale=None if self.scaler is None else self.scaler.scale,
             seq_length=None if curriculum == "none" else self.loader.plan.at(self.step - 1).seq_length,
             batch_size=None if not self.loader.plan.sizes[1:] else self.loader.plan.at(self.step - 1).num_samples,
-            tokens_per_second=rate,
-            mfu=rate * self.size.flops_per_token / (self.peak_flops * self.world.size),
+            **rates,
             seconds=self.seconds(),
             peak_memory=peak_memory(self.world.device),
             **self.noise.record(),
@@ -226,12 +233,18 @@ class Run:
             self.metrics.write("experts", self.step, tokens={str(i): n for i, n in stats.experts.items()})
         if self.norms.wanted:
             self.metrics.write("norms", self.step, **self.norms.after_update(self.store))
+        self._record_timers(steps)
         if groups := self.noise.by_group():
             self.metrics.write("noise", self.step, groups=groups)
 
     def evaluate(self, split: str) -> Record | None:
         """Evaluate on a split, write the record and return it; None if the split has no data."""
-        return evaluate(self, split)
+        with self.profiling.timers("validation" if split == "valid" else split):
+            return evaluate(self, split)
+
+    def sample(self) -> None:
+        """Let the model write as `sampling` says."""
+        self.last["samples"] = write_samples(self)
 
     @property
     def tested(self) -> bool:
@@ -249,7 +262,8 @@ class Run:
         Raises:
             CheckpointNotSaved: it could not be written and `required`; else that is only said, and training goes on.
         """
-        self.saving.save(required)
+        with self.profiling.timers("saving"):
+            self.saving.save(required)
 
     def seconds(self) -> float:
         """Seconds of training, over all the sittings of this run."""
@@ -302,6 +316,7 @@ class Run:
         self.matmul = self.mesh.from_first(choose_matmul(self.world.device, working, cfg.performance.matmul))
         self.parts = assemble(cfg, self.mesh, self.matmul)
         self.model, self.store, self.engine = self.parts.model, self.parts.store, self.parts.engine
+        self.engine.timers = self.profiling.timers
         self.scaler = LossScaler(cfg.training) if cfg.training.precision == "fp16" else None
         self.norms, self.noise = Norms(cfg.logging), NoiseMeter(cfg.logging)
         self.guard = Guard(cfg.guard)
@@ -332,7 +347,7 @@ class Run:
             file = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
         kept = self.mesh.from_first(file.kept)
         if self.resumed:
-            self.last = {r["kind"]: r for r in kept if r.get("kind") in ("train", "valid", "test")}
+            self.last = {r["kind"]: r for r in kept if r.get("kind") in ("train", "valid", "test", "samples")}
         sinks = [self.console, *make_sinks(self.config, self.directory, self.world, self.step)]
         self.metrics = Metrics(file, sinks, self.console.say)
         if begun is not None:
@@ -345,6 +360,14 @@ class Run:
         changed += "; 16-bit matrices are multiplied by fp32 products" if self.matmul == "fp32" else ""
         self.metrics.write("event", self.step, event=event, text=f"{self.steps} steps in {self.directory}{changed}")
         return self.metrics
+
+    def _record_timers(self, steps: int) -> None:
+        """Write where the time of so many steps went, phase by phase."""
+        phases = self.profiling.timers.take(steps)
+        if phases:
+            self.metrics.write("timers", self.step, seconds=phases)
+        if line := self.profiling.said(phases):
+            self.console.say(line)
 
     def _logs(self, step: int) -> bool:
         """Whether this step is recorded."""

@@ -24,7 +24,11 @@ TRAIN_NAMES: dict[str, tuple[str, float]] = {
     "loss": ("train/lm_loss", 1.0),
     "lr": ("train/learning_rate", 1.0),
     "tokens_per_second": ("runtime/tokens_per_sec", 1.0),
+    "samples_per_second": ("runtime/samples_per_sec", 1.0),
+    "step_seconds": ("runtime/iteration_time", 1.0),
+    "flops_per_second": ("runtime/flops_per_sec_per_gpu", 1.0),
     "mfu": ("runtime/model_flops_utilization", 100.0),  # per cent, as GPT-NeoX has it
+    "hfu": ("runtime/hardware_flops_utilization", 100.0),
     "seconds": ("runtime/seconds", 1.0),
     "seq_length": ("curriculum_seqlen", 1.0),
     "peak_memory": ("runtime/peak_memory", 1.0),
@@ -36,6 +40,12 @@ NORM_NAMES: dict[str, tuple[str, float]] = {
     "optimizer": ("optimizer_state_norms", 1.0),
     "zero_gradients": ("pct_grad_zeros", 100.0),
 }
+PHASE_NAMES = {
+    "data": "batch generator",
+    "reduce": "backward-allreduce",
+    "clip": "backward-clip-grad",
+    "saving": "save checkpoint",
+}
 _ID_FILE = "wandb_id.txt"
 
 
@@ -44,7 +54,10 @@ def scalars(record: Record) -> dict[str, float]:
     kind, values = record["kind"], {k: v for k, v in record.items() if k not in ("v", "kind", "step")}
     if kind == "train":
         named = {k: TRAIN_NAMES.get(k, (f"train/{k}", 1.0)) for k in values}
-        return {name: factor * values[k] for k, (name, factor) in named.items()}
+        numbers = {name: factor * values[k] for k, (name, factor) in named.items()}
+        if "step_seconds" in values:
+            numbers["runtime/steps_per_sec"] = 1 / values["step_seconds"]
+        return numbers
     if kind in ("valid", "test"):
         chart = {"valid": "validation", "test": "test"}[kind]
         return {f"{chart}/{EVALUATION_NAMES.get(k, k)}": v for k, v in values.items()}
@@ -53,6 +66,8 @@ def scalars(record: Record) -> dict[str, float]:
     if kind == "norms":
         chosen = {k: NORM_NAMES[k] for k in values}
         return {f"{group}/{n}": factor * v for k, (group, factor) in chosen.items() for n, v in values[k].items()}
+    if kind == "timers":
+        return {f"timers/{PHASE_NAMES.get(phase, phase)}": v for phase, v in values["seconds"].items()}
     if kind == "noise":
         ends = {"value": "", "low": "_low", "high": "_high"}
         return {f"noise_scale/{g}{ends[k]}": v for g, found in values["groups"].items() for k, v in found.items()}
@@ -104,6 +119,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, record["step"])
         if record["kind"] == "event":
             self._text(f"event/{record['event'].replace(' ', '_')}", record["text"], record["step"])
+        if record["kind"] == "samples":
+            for number, sample in enumerate(record["samples"]):
+                self._text(f"samples/{number}", sample["prompt"] + sample["text"], record["step"])
         if record["kind"] != "train":
             self._writer.flush()
 
@@ -126,7 +144,7 @@ class WeightsAndBiases:
             raise UserError(
                 "logging.wandb_project: the package wandb is not installed: pip install 'castalia[wandb]'"
             ) from None
-        cfg = config.logging
+        cfg, self._table = config.logging, wandb.Table
         mode: Any = cfg.wandb_mode or os.environ.get("WANDB_MODE")
         name = cfg.wandb_name or config.name
         try:
@@ -150,7 +168,10 @@ class WeightsAndBiases:
 
     def write(self, record: Record) -> None:
         """See MetricsSink."""
-        values = scalars(record)
+        values: dict[str, Any] = dict(scalars(record))
+        if record["kind"] == "samples":
+            rows = [[record["step"], sample["prompt"], sample["text"]] for sample in record["samples"]]
+            values["samples"] = self._table(columns=["step", "prompt", "text"], data=rows)
         if values:
             self._run.log(values, step=record["step"])
 
