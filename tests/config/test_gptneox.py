@@ -508,7 +508,7 @@ def test_what_keys_become(translated, given: dict[str, Any], expected: dict[str,
         ({"attention_config": [[["global"] * 3, "all"]]}, "which leaves a rest"),
         ({"attention_config": [3]}, "has 3, which is neither a kind nor [[kinds], times]"),
         ({"sliding_window_width": -1}, "give how many earlier tokens are seen"),
-        ({"optimizer": {"type": "OneBitAdam", "params": {}}}, "the optimizer 'OneBitAdam'"),
+        ({"optimizer": {"type": "ZeroOneAdam", "params": {}}}, "the optimizer 'ZeroOneAdam'"),
         ({"optimizer": {"params": {}}}, "needs a 'type'"),
         (
             {"optimizer": {"type": "Adam", "params": {"beta": 1}}},

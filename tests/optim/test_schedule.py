@@ -91,10 +91,27 @@ def test_a_range_test_rises_by_equal_factors():
 
 def test_deepspeeds_warmups():
     log = rates(100, type="constant", warmup_steps=10, warmup_from=0.1, warmup_shape="log", arithmetic="deepspeed")
-    assert log[0] == pytest.approx(0.1) and log[4] == pytest.approx(0.1 + 0.9 * math.log(5) / math.log(10))
-    assert log[9] == log[10] == log[100] == pytest.approx(1.0)
-    linear = rates(100, type="linear", warmup_steps=10, arithmetic="deepspeed")
-    assert linear[5] == pytest.approx(0.5) and linear[55] == pytest.approx(0.5) and linear[100] == 0.0
+    assert log[0] == log[1] == pytest.approx(0.1) and log[5] == pytest.approx(0.1 + 0.9 * math.log(5) / math.log(10))
+    assert log[10] == log[11] == log[100] == pytest.approx(1.0)
+    linear = rates(101, type="linear", warmup_steps=10, decay_steps=100, arithmetic="deepspeed")
+    assert linear[6] == pytest.approx(0.5) and linear[56] == pytest.approx(0.5) and linear[101] == 0.0
+
+
+def test_deepspeeds_cosine():
+    """Ratios of the peak, by the iteration before the update's; the last is reached an iteration early."""
+    settings = {"warmup_steps": 10, "warmup_from": 0.2, "decay_steps": 50, "min_lr": 0.1}
+    values = rates(60, type="cosine", arithmetic="deepspeed", **settings)
+    assert values[0] == 0.0 and values[1] == pytest.approx(0.2) and values[6] == pytest.approx(0.6)
+    assert values[11] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 40)) / 2)
+    assert values[50] == values[60] == pytest.approx(0.1)
+
+
+def test_deepspeeds_one_cycle_and_range_test():
+    cycle = {"warmup_steps": 10, "warmup_from": 0.2, "decay_steps": 30, "min_lr": 0.2}
+    values = rates(40, type="one_cycle", arithmetic="deepspeed", **cycle)
+    assert [values[n] for n in (0, 5, 10, 20, 30, 40)] == pytest.approx([0.2, 0.6, 1.0, 0.6, 0.2, 0.2])
+    values = rates(40, lr=3e-3, type="range_test", arithmetic="deepspeed", min_lr=1e-3, decay_steps=20)
+    assert [values[n] for n in (0, 10, 20, 40)] == pytest.approx([1e-3, 2e-3, 3e-3, 5e-3])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +121,9 @@ def test_deepspeeds_warmups():
         ({"type": "wsd", "restart_steps": 3}, "restart_steps"),
         ({"type": "range_test"}, "min_lr"),
         ({"type": "wsd", "arithmetic": "gptneox_main"}, "arithmetic"),
-        ({"type": "cosine", "arithmetic": "deepspeed"}, "arithmetic"),
+        ({"type": "wsd", "arithmetic": "deepspeed"}, "arithmetic"),
+        ({"type": "linear", "arithmetic": "deepspeed", "min_lr": 0.1}, "min_lr"),
+        ({"type": "linear", "arithmetic": "deepspeed", "warmup_shape": "cosine"}, "warmup_shape"),
         ({"type": "one_cycle", "warmup_shape": "log"}, "warmup_shape"),
     ],
 )

@@ -10,6 +10,7 @@ ALLOWED = {
     "castalia/parallel/world.py": "finds the device",
     "castalia/model/attention_flex.py": "on which devices torch's FlexAttention has a backward pass",
     "castalia/config/schema.py": "an example of a device",
+    "castalia/config/gptneox_optimizer.py": "a parameter of DeepSpeed",
     "castalia/config/schema_launch.py": "names of environment variables",
     "castalia/cli/deepy.py": "a variable of GPT-NeoX",
     "castalia/convert/safe_pickle.py": "classes of tensors in foreign files",

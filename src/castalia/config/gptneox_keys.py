@@ -133,6 +133,7 @@ TRANSLATED: dict[str, Translated] = {
     "use_bnb_optimizer": _same("bool", False),
     "weight_decay": Translated("number", 0.1, 0.01),
     "gradient_clipping": Translated("number", 1.0, 0.0),
+    "scheduler": _same("mapping"),
     "lr_decay_style": _same("text", "linear"),
     "lr_decay_iters": _same("int"),
     "lr_decay_fraction": _same("number"),
@@ -305,7 +306,6 @@ REFUSED: dict[str, Refused] = {
     "serve_model_weights": Refused("serving weights to other programs", (False,)),
     "coord_check": Refused("the coordinate check in place of training (castalia mup check makes it)", (False,)),
     "save_base_shapes": Refused("base shapes in place of training (castalia mup shapes writes them)", (False,)),
-    "scheduler": Refused("DeepSpeed's own scheduler", ({},)),
     "amp": Refused("Apex AMP", block=True),
     "data_efficiency": Refused("DeepSpeed's data efficiency", block=True),
     "elasticity": Refused("DeepSpeed's elasticity", block=True),
@@ -335,6 +335,11 @@ IDLE: dict[str, str] = {
     "allow_chopped": "used only with pack_impl pack_until_overflow or unpacked",
     **dict.fromkeys(
         ("train_data_weights", "valid_data_weights", "test_data_weights"), "replaced by weight_by_num_documents"
+    ),
+    "scheduler": "OneBitAdam has one of its own, and an empty one asks for nothing",
+    **dict.fromkeys(
+        ("lr_decay_style", "lr_decay_iters", "lr_decay_fraction", "warmup", "min_lr"),
+        "DeepSpeed's scheduler sets the rate in its place",
     ),
     "checkpoint_in_cpu": "used only with checkpoint_activations",
     "load": "is the run's own folder",

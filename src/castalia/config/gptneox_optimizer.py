@@ -22,13 +22,17 @@ class Kind:
         ours: optimizer.type.
         defaults: its parameters that mean something here.
         harmless: parameters that may be given with this value alone, since it describes what is done anyway.
+        idle: parameters that change nothing, whatever they say.
         decays: the top-level weight_decay reaches it.
+        own_decay: a weight_decay among its parameters reaches it.
     """
 
     ours: str
     defaults: dict[str, Any]
     harmless: dict[str, Any] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     decays: bool = True
+    own_decay: bool = True
 
 
 _ADAM = Kind(
@@ -45,7 +49,14 @@ KINDS: dict[str, Kind] = {
     ),
     "lion": Kind("lion", {"lr": 1e-4, "betas": [0.9, 0.99]}),
     "madgrad_wd": Kind("madgrad_wd", {"lr": 1e-2, "momentum": 0.9, "eps": 1e-6}, {"decouple_decay": True}),
-    "sm3": Kind("sm3", {"lr": 0.1, "momentum": 0.0, "beta": 0.0, "eps": 1e-30}, decays=False),
+    "sm3": Kind("sm3", {"lr": 0.1, "momentum": 0.0, "beta": 0.0, "eps": 1e-30}, decays=False, own_decay=False),
+    "onebitadam": Kind(
+        "onebit_adam",
+        {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "freeze_step": 400},
+        {"amsgrad": False, "eps_inside_sqrt": False, "max_grad_norm": 0.0},
+        ("cuda_aware", "comm_backend_name", "bias_correction"),  # how bytes travel; DeepSpeed never corrects
+        decays=False,
+    ),
 }
 
 
@@ -67,7 +78,7 @@ def _block(given: Given) -> tuple[Kind, dict[str, Any]]:
     for key, value in params.items():
         if key in found.harmless and value != found.harmless[key]:
             given.fail("optimizer", f"has {key} {value}, which is not implemented yet: remove it")
-        if key not in (*found.defaults, *found.harmless, "weight_decay"):
+        if key not in (*found.defaults, *found.harmless, *found.idle, "weight_decay"):
             given.fail("optimizer", f"has the unknown parameter '{key}' for {kind}{near(key, found.defaults)}")
     return found, params
 
@@ -93,6 +104,10 @@ def _parameter(key: str) -> Callable[[Given], Any]:
     return value
 
 
+optimizer_lr = _parameter("lr")
+"""The rate that the optimizer is given."""
+
+
 def betas(given: Given) -> Any:
     """Both rates; SM3's single one is our second."""
     beta = _parameter("beta")(given)
@@ -105,7 +120,7 @@ def weight_decay(given: Given) -> Any:
     inner = params.get("weight_decay")
     if inner is not None and "weight_decay" in given and given["weight_decay"] != inner:
         given.fail("weight_decay", f"is {given['weight_decay']}, but optimizer.params says {inner}: keep one")
-    if not kind.decays:
+    if not kind.decays and (inner is None or not kind.own_decay):
         if inner or given["weight_decay"]:
             given.remark(f"weight_decay: does not reach GPT-NeoX's {kind.ours}, so it is 0 here")
         return 0.0
@@ -115,10 +130,11 @@ def weight_decay(given: Given) -> Any:
 _READS = ("optimizer",)
 OPTIMIZER_RULES: tuple[Rule, ...] = (
     Rule("optimizer.type", ("optimizer", "use_bnb_optimizer"), optimizer_type),
-    Rule("optimizer.lr", _READS, _parameter("lr")),
+    Rule("optimizer.lr", _READS, optimizer_lr),
     Rule("optimizer.betas", _READS, betas),
     Rule("optimizer.eps", _READS, _parameter("eps")),
     Rule("optimizer.momentum", _READS, _parameter("momentum")),
     Rule("optimizer.nesterov", _READS, _parameter("nesterov")),
+    Rule("optimizer.freeze_step", _READS, _parameter("freeze_step")),
     Rule("optimizer.weight_decay", ("weight_decay", "optimizer"), weight_decay),
 )

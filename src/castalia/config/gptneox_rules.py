@@ -18,6 +18,7 @@ from castalia.config.gptneox_model import MODEL_RULES, score_scaling
 from castalia.config.gptneox_optimizer import OPTIMIZER_RULES
 from castalia.config.gptneox_parallel import PARALLEL_RULES
 from castalia.config.gptneox_run import RUN_RULES, resuming, saving
+from castalia.config.gptneox_schedule import SCHEDULE_RULES
 
 # Theirs -> ours, the value as it is.
 RENAMED: dict[str, str] = {
@@ -31,8 +32,6 @@ RENAMED: dict[str, str] = {
     "use_bias_in_attn_linear": "model.attention_bias",
     "use_bias_in_mlp": "model.mlp_bias",
     "gradient_clipping": "optimizer.clip_grad",
-    "min_lr": "schedule.min_lr",
-    "warmup": "schedule.warmup",
     "exit_interval": "training.exit_interval",
     "seed": "training.seed",
     "data_path": "data.path",
@@ -59,15 +58,6 @@ REQUIRED: dict[str, str] = {
     "seq_length": "data.seq_length",
     "train_iters": "training.steps",
 }
-
-
-def decay_steps(given: Given) -> int | None:
-    """The horizon of the schedule; lr_decay_iters counts before lr_decay_fraction, as in the code."""
-    if "lr_decay_iters" in given:
-        return given.positive("lr_decay_iters")
-    if "lr_decay_fraction" in given:
-        return max(1, int(given.required("train_iters") * given["lr_decay_fraction"]))
-    return None
 
 
 # Batch and precision.
@@ -293,13 +283,7 @@ _BATCH = (
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *OPTIMIZER_RULES,
-    Rule(
-        "schedule.type",
-        ("lr_decay_style",),
-        lambda g: g.choose("lr_decay_style", {n: n for n in ("constant", "linear", "cosine", "exponential")}),
-    ),
-    Rule("schedule.decay_steps", ("lr_decay_iters", "lr_decay_fraction"), decay_steps),
-    Rule("schedule.arithmetic", (), lambda g: f"gptneox_{g.compat}"),
+    *SCHEDULE_RULES,
     Rule("training.batch_size", _BATCH, lambda g: batch(g)[0]),
     Rule("training.micro_batch_size", _BATCH[1:] + _BATCH[:1], lambda g: batch(g)[1]),
     Rule("training.precision", ("precision", "fp16", "bf16"), precision),

@@ -32,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "optimizer.type": (
         *("adamw", "adam", "sgd", "lion", "madgrad", "madgrad_wd", "schedule_free", "adamw_8bit"),
+        "onebit_adam",
         *("muon", "soap", "adafactor", "sm3"),
     ),
 }

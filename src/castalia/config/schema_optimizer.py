@@ -126,16 +126,20 @@ class ScheduleConfig(Section):
         if self.type == "range_test" and self.min_lr <= 0:
             raise ValueError("schedule.min_lr must be above 0 with schedule.type range_test, which rises from there")
         if self.arithmetic != "native":
-            theirs = ("constant", "linear") if self.arithmetic == "deepspeed" else ("constant", "linear", "cosine")
-            known = theirs if self.arithmetic == "deepspeed" else (*theirs, "exponential")
+            more = ("one_cycle", "range_test") if self.arithmetic == "deepspeed" else ("exponential",)
+            known = ("constant", "linear", "cosine", *more)
             if self.type not in known:
                 raise ValueError(
                     f"schedule.type {self.type} is unknown to schedule.arithmetic {self.arithmetic}: use native"
                 )
             if self.arithmetic != "deepspeed" and (self.warmup_from or self.warmup_shape != "linear"):
                 raise ValueError(f"schedule.warmup_from and warmup_shape are not for arithmetic {self.arithmetic}")
-            if self.arithmetic == "deepspeed" and (self.warmup_shape == "cosine" or self.min_lr):
-                raise ValueError("schedule.arithmetic deepspeed has warm-ups linear or log, and no schedule.min_lr")
+            if self.arithmetic == "deepspeed" and self.warmup_shape == "cosine":
+                raise ValueError("schedule.warmup_shape is linear or log with schedule.arithmetic deepspeed")
+            if self.arithmetic == "deepspeed" and self.min_lr and self.type in ("constant", "linear"):
+                raise ValueError(
+                    f"schedule.min_lr has no place in schedule.type {self.type} of arithmetic deepspeed: leave it out"
+                )
         if self.type == "one_cycle" and self.warmup_shape != "linear":
             raise ValueError("schedule.warmup_shape is not for one_cycle, whose warm-up is a cosine")
         return self

@@ -112,13 +112,26 @@ def _native(done: int, lr: float, cfg: ScheduleConfig, horizon: int, warm: float
 
 
 def _deepspeed(done: int, lr: float, cfg: ScheduleConfig, horizon: int, warm: float) -> float:
-    """DeepSpeed's WarmupLR (constant) and WarmupDecayLR (linear): the first update has `warmup_from`."""
-    warm = max(warm, 2.0)
-    if done < warm:
-        share = math.log(done + 1) / math.log(warm) if cfg.warmup_shape == "log" else done / warm
-    else:
-        share = 1.0 if cfg.type == "constant" else max(0.0, (horizon - done) / max(1.0, horizon - warm))
-    return cfg.warmup_from + (lr - cfg.warmup_from) * share
+    """DeepSpeed's schedulers; of its warm-ups the first two updates share a rate, since steps count from minus one.
+
+    constant WarmupLR, linear WarmupDecayLR, cosine WarmupCosineLR, one_cycle OneCycle, range_test LRRangeTest.
+    """
+    low, floor = cfg.warmup_from, cfg.min_lr
+    if cfg.type == "range_test":  # goes on beyond lr
+        return floor + (lr - floor) * done / horizon
+    if cfg.type == "one_cycle":
+        if done < warm:
+            return low + (lr - low) * done / warm
+        return floor + (lr - floor) * max(0.0, (horizon - done) / max(1.0, horizon - warm))
+    at, warm = max(done - 1, 0), max(warm, 2.0)
+    if cfg.type == "cosine" and done == 0:
+        return 0.0
+    if at < warm:
+        return low + (lr - low) * (math.log(at + 1) / math.log(warm) if cfg.warmup_shape == "log" else at / warm)
+    if cfg.type == "cosine":
+        return floor + (lr - floor) * DECAYS["cosine"](min(1.0, (at - warm + 1) / max(1.0, horizon - warm)))
+    share = 1.0 if cfg.type == "constant" else max(0.0, (horizon - at) / max(1.0, horizon - warm))
+    return low + (lr - low) * share
 
 
 def _gptneox_main(done: int, lr: float, cfg: ScheduleConfig, horizon: int, warm: float) -> float:
