@@ -23,12 +23,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--choose", type=int, metavar="N", help="which of them to look at and write (default: 1)")
     parser.add_argument("--write", metavar="FILE", help="write the configuration with the chosen layout")
     parser.add_argument("--measure", metavar="FILE", help="measure this machine, and describe it in a file")
+    parser.add_argument("--rehearse", action="store_true", help="trace a step of a big job's ranks (docs/scale.md)")
+    parser.add_argument("--world", type=int, metavar="N", help="--rehearse: of how many processes")
+    parser.add_argument("--ranks", metavar="0,17", help="--rehearse: which (default: one of each stage, and the last)")
+    parser.add_argument("--mtbf", metavar="12h", help="time between failures of the job: how often to save?")
+    parser.add_argument("--failures-per-day", type=float, metavar="X", help="the same as a rate")
+    parser.add_argument("--device-mtbf", metavar="50000h", help="the same of one device of --world")
+    parser.add_argument("--checkpoint-cost", metavar="30s", help="time that the steps wait for a checkpoint")
+    parser.add_argument("--restart-cost", metavar="10m", help="time from a failure to the next step (default: none)")
+    parser.add_argument("--step-time", metavar="5s", help="also give the interval in steps")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the sizes, the layouts or the machine."""
+    from castalia.tools.rehearse_run import asked, before_the_run
+
     if args.measure:
         return _measure(args)
+    if asked(args):
+        lines, answer = before_the_run(args, *split_settings(args.settings))
+        print(json.dumps(answer, indent=2) if args.json else "\n".join(lines))
+        return 0
     if not args.settings:
         raise UserError("castalia plan wants a configuration; `castalia plan --help` lists the arguments")
     if args.machine:
