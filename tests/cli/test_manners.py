@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from castalia.cli import main
+from castalia.cli import _spoken_warnings, main
 from castalia.config import load
 from castalia.errors import UserError
 
@@ -26,8 +27,27 @@ def test_a_wrong_flag_is_one_sentence(capsys) -> None:
     assert "invalid int value" in refusal(capsys, "generate", "run", "--seed", "x")
     assert "the following arguments are required" in refusal(capsys, "evaluate")
     assert "nothing to measure: give --tasks, --text" in refusal(capsys, "evaluate", "run")
+    assert "'a.yml' is none of show, explain" in refusal(capsys, "config", "a.yml")
+    assert "`castalia verify checkpoint run`" in refusal(capsys, "verify", "run")
+    assert "name a run or a checkpoint" in refusal(capsys, "verify", "checkpoint")
     assert "unknown flag '--versoin'" in refusal(capsys, "--versoin")
     assert "not valid text" in refusal(capsys, "generate", "run", "--prompt", "caf\udce9")
+
+
+def test_texts_in_place_of_tokens_are_said(capsys, tmp_path) -> None:
+    for name, said in (("a.jsonl", "give --text"), ("a.bin", f"prefix, {tmp_path / 'a'}")):
+        (tmp_path / name).write_text("{}")
+        assert said in refusal(capsys, "evaluate", "run", "--data", str(tmp_path / name))
+    assert "does not exist: give a folder" in refusal(
+        capsys, "import", str(tmp_path / "nothere"), str(tmp_path / "run")
+    )
+
+
+def test_a_warning_is_a_line_for_people(capsys) -> None:
+    with _spoken_warnings():
+        warnings.simplefilter("default")
+        warnings.warn_explicit("a newer one was passed over", UserWarning, "/somewhere/castalia/a.py", 1)
+    assert capsys.readouterr().err == "castalia: WARNING: a newer one was passed over\n"
 
 
 def test_files_are_not_overwritten_unasked(capsys, tmp_path) -> None:

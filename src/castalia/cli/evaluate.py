@@ -127,6 +127,11 @@ def _check(args: argparse.Namespace) -> list[str]:
         raise UserError("--limit and --few-shot count documents: give numbers above 0")
     if args.include_path is not None and not Path(args.include_path).expanduser().is_dir():
         raise UserError(f"--include-path {args.include_path}: is not a folder: mend the name")
+    if args.data is not None and Path(args.data).is_file() and not Path(f"{args.data}.idx").exists():
+        data = Path(args.data)
+        if data.suffix in (".bin", ".idx"):
+            raise UserError(f"--data {data}: give the data set's prefix, {data.with_suffix('')}")
+        raise UserError(f"--data {data}: is a file of texts and no data set of tokens: give --text {data}")
     if args.tasks:
         from castalia.evaluate.harness import need_harness
 

@@ -19,12 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument(
         "what",
-        choices=("layouts", "resume", "checkpoint"),
+        metavar="layouts|resume|checkpoint",
         help="train in other layouts; go on in another one; compare checkpoints with their manifests",
     )
     parser.add_argument(
         "settings",
-        nargs="+",
+        nargs="*",
         metavar="FILE|key=value",
         help="configuration files and overrides; for checkpoint: runs, or single checkpoints",
     )
@@ -45,10 +45,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print a table; 4 where something differs."""
+    from castalia.errors import UserError
+
+    if args.what not in ("layouts", "resume", "checkpoint"):
+        raise UserError(
+            f"'{args.what}' is none of layouts, resume, checkpoint: say first what is to be verified, for example "
+            f"`castalia verify checkpoint {args.what}` for the checkpoints of a run"
+        )
+    if not args.settings:
+        what = "a run or a checkpoint" if args.what == "checkpoint" else "a configuration file"
+        raise UserError(f"nothing to verify: name {what} after `castalia verify {args.what}`")
     if args.what == "checkpoint":
         return _checkpoints(args)
     from castalia.config import load
-    from castalia.errors import UserError
     from castalia.tools.verify import LAYOUTS, refusal, verify_layouts, verify_resume
     from castalia.tools.verify_faults import FAULTS
 

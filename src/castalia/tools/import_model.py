@@ -165,6 +165,8 @@ def _reader(
     elif source.suffix == ".pt" or (source.is_dir() and any(_is_gptneox(child.name) for child in source.iterdir())):
         neox, reader = True, lambda name, tok: _gptneox(source, name, tok, configs)
     else:
+        if not source.exists():
+            raise UserError(f"{source} does not exist: give a folder with weights, or a .gguf file, on this machine")
         raise UserError(
             f"{source}: holds neither config.json (Hugging Face), params.json (Llama) nor a GPT-NeoX checkpoint, and "
             "is no .gguf file: check the path"
