@@ -55,3 +55,10 @@ def test_the_window_spans_the_training_text() -> None:
 def test_no_unseen_text_is_an_error() -> None:
     with pytest.raises(UserError, match="held-out"):
         compression_bits_per_byte(b"abc", b"")
+
+
+def test_what_takes_too_long_is_said_and_left_out(vocabulary: list[str]) -> None:
+    said: list[str] = []
+    found = compression_bits_per_byte(words(1, 2_000, vocabulary), b"some text", -1.0, said.append)
+    assert found["rows"] == [] and len(said) >= 3
+    assert "xz -9 of both (0.02 MB) is left out: not done in -1 s" in said

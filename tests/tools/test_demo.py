@@ -41,6 +41,8 @@ def test_own_corpus(corpus, tmp_path):
     valid = (tmp_path / "data" / "demo" / "valid.jsonl").read_text().splitlines()
     assert not {json.loads(line)["name"] for line in train} & {json.loads(line)["name"] for line in valid}
     assert any("steps in" in line for line in lines)
+    assert "[4/5] training for about 1 s" in lines
+    assert any("xz -9 of both" in line for line in lines)
 
 
 def test_one_file_keeps_its_end_unseen(tmp_path):
