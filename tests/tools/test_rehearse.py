@@ -21,9 +21,9 @@ VALUES = {
     "version": 1,
     "data": {"seq_length": 16},
     "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64},
-    "training": {"steps": 2, "batch_size": 6, "micro_batch_size": 1, "precision": "bf16"},
+    "training": {"steps": 2, "batch_size": 8, "micro_batch_size": 1, "precision": "bf16"},
 }
-# Six micro-batches, or three where there are two data-parallel ranks: more than are traced.
+# Eight micro-batches, or four where there are two data-parallel ranks: more than are traced.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
         {"zero": 2},
@@ -58,7 +58,7 @@ def really(world: World, config: Config, layouts: list[dict[str, Any]]) -> list[
         here = with_settings(config, settings)
         mesh = Mesh(layout_of(here.parallel, world.size), world)
         parts = assemble(here, mesh)
-        plan, shard = RunPlan(6, 16, 2), Shard(mesh.data_rank, mesh.layout.data)
+        plan, shard = RunPlan(8, 16, 2), Shard(mesh.data_rank, mesh.layout.data)
         loader = Loader(InventedText(16, 64), plan, shard, 1, 0)  # type: ignore[arg-type]
         for step in range(2):
             with Counted() as counted:
