@@ -134,7 +134,8 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         results, given = _tensors(out), _tensors((args, kwargs or {}))
         for tensor in results:
-            self._see(tensor)
+            if tensor.layout is torch.strided:  # a sparse gradient is a moment's
+                self._see(tensor)
         self._count(func, given, results)
         return out
 

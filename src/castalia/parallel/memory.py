@@ -4,9 +4,9 @@
     activation_memory ──layers in flight, recomputation, loss──────┼─> Memory of each stage's rank ─> the largest
     what FSDP2, a pipeline and sums over ranks allocate ───────────┘
 
-Three moments are looked at: the loss of the last micro-batch in flight, the backward pass of the last layer with all
-activations alive, and that of the first with all fresh gradients alive. Allocators' rounding and fragmentation, the
-libraries' workspaces and the first step's learning of shapes are not counted.
+Looked at are the loss of the last micro-batch in flight, the backward pass of the last layer with all activations
+alive, that of the first with nearly all fresh gradients alive, and the end, when only these are. Allocators' rounding
+and fragmentation, the libraries' workspaces and the first step's learning of shapes are not counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from math import ceil
 from typing import Any
 
 from castalia.config import Config
+from castalia.model.loss import _SCRATCH_ELEMENTS
 from castalia.optim.optimizers import optimizer_kind
 from castalia.optim.weights import working_dtype
 from castalia.parallel.activation_memory import Pieces
@@ -195,11 +196,16 @@ class MemoryModel:
         casts = state.copies if self._low and not arena and not layout.zero else 0
         # A cast of the weights is made for each forward pass, and its backward needs it.
         together = flying * (saved + embedded) + (flying - 1) * casts / len(held)
-        loss, head_gradient = self._loss(config, layout) if last else (0, 0)
+        # Gradients of working weights live until they are collected: after each micro-batch, of a pipeline once.
         fresh = (state.copies or state.gradients) if arena else 0
+        loss, matrix = self._loss(config, layout) if last else (0, 0)
+        before = fresh if layout.pipeline > 1 else matrix
         largest = max(one / max(len(stage), 1) for (one, _, _), stage in zip(passes, executed, strict=True))
-        begin = together + max(loss, transient + 4 * here * hidden * last) + (head_gradient if arena else 0)
-        end = together - saved + largest + transient + fresh
+        embedding = 4 * ceil((model.vocab_size or 0) / layout.tensor) * hidden * (first and not model.tie_embeddings)
+        begin = together + max(loss, transient + 4 * here * hidden * last) + before
+        end = together - saved + largest + transient
+        end += fresh if layout.pipeline > 1 else max(fresh - state.largest - embedding, 0)
+        over = together - saved + fresh
         micro = micro_batches(config, layout)
         copies = state.copies if not layout.zero and self._low else 0
         memory = {
@@ -208,7 +214,7 @@ class MemoryModel:
             "optimizer": state.optimizer,
             "copies": copies,
             "gathered": self._zero_buffers(layout, state, micro),
-            "activations": int(max(begin, end)),
+            "activations": int(max(begin, end, over)),
             "buffers": self._exchanges(config, layout, state, arena, residual, (first, last), len(held), micro),
         }
         return self._placed(config, memory)
@@ -231,10 +237,12 @@ class MemoryModel:
         width, chunk = 2 if self._low else 4, min(config.loss.chunk_size, here)
         matrix = rows * model.hidden_size
         logits = chunk * rows * (width + (8 if self.accelerator else 0))
+        if self._low and not self.accelerator:
+            logits += 4 * min(_SCRATCH_ELEMENTS, chunk * rows)
         chunks = -(-here // chunk)
         total = 4 * matrix if self._low and chunks > 4 else 0  # long sums are moved to fp32
         hidden = 2 * 4 * here * model.hidden_size + 2 * chunk * model.hidden_size * 4
-        return logits + total + hidden + width * matrix, width * matrix
+        return logits + total + hidden, width * matrix
 
     def _zero_buffers(self, layout: Layout, state: StateBytes, micro: int) -> int:
         """Weights gathered for products, and gradients before they are scattered."""

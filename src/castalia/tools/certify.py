@@ -283,12 +283,20 @@ def certify_trackers(folder: Path) -> str:
     return tracker_numbers.certify_trackers(folder)
 
 
+def certify_plan(folder: Path) -> str:
+    """What `castalia plan` predicts: bytes of state exactly, peaks of activations and times of steps with errors."""
+    from castalia.tools import plan_certificate
+
+    return plan_certificate.certify_plan(folder)
+
+
 CERTIFICATES: dict[str, Callable[[Path], str]] = {
     "layouts": certify_layouts,
     "training_kills": certify_training_kills,
     "checkpoint_kills": certify_checkpoint_kills,
     "checkpoint_damage": certify_checkpoint_damage,
     "reshard": certify_reshard,
+    "plan": certify_plan,
     "preparation_kills": certify_preparation_kills,
     "model_matrix": certify_model_matrix,
     "families": certify_families,
