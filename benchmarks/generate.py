@@ -40,7 +40,7 @@ def castalia(batch: int, precision: str, int8: bool) -> Callable[[list[list[int]
 
     from castalia.generate.decoder import Decoder
     from castalia.generate.load import cast_matrices
-    from castalia.generate.sampling import SamplingSettings, sample
+    from castalia.generate.sampling import SamplingSettings, logprobs_of, sample
     from castalia.model.transformer import build_model
 
     cfg = castalia_config(Task(SHAPES["pythia-70m"], batch, LENGTH, precision)).model
@@ -59,8 +59,7 @@ def castalia(batch: int, precision: str, int8: bool) -> Callable[[list[list[int]
             for _ in range(count - 1):
                 logits = decoder.step(ids)
                 ids = sample(logits, greedy, [], VOCABULARY)
-                logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-                ids.tolist(), logprobs.tolist()
+                ids.tolist(), logprobs_of(logits, ids).tolist()
             return middle - start, time.perf_counter() - middle
 
     return run

@@ -14,6 +14,8 @@ from castalia.generate.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    largest,
+    logprobs_of,
     make_generator,
     next_token_probabilities,
     penalise,
@@ -152,3 +154,17 @@ def test_the_nucleus_of_a_flat_distribution_is_found_beyond_the_most_probable() 
     flat = torch.full((1, 5000), 1 / 5000, dtype=torch.float64)
     kept = keep_top_p(flat, 0.6)
     assert int((kept > 0).sum()) in (3000, 3001) and (kept[0, :3000] > 0).all()
+
+
+@pytest.mark.parametrize("width", [5, 128, 256, 300])
+def test_the_largest_is_what_argmax_finds_and_the_first_of_equal_ones(width: int) -> None:
+    values = torch.randn(7, width, generator=torch.Generator().manual_seed(width))
+    values[1] = 0
+    values[2, -1], values[3, 0], values[4, [-2, -1]] = 9, 9, 9
+    assert largest(values).tolist() == [row.tolist().index(row.max()) for row in values]
+
+
+def test_logprobs_are_those_of_the_softmax() -> None:
+    logits, ids = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([4, 0, 49])
+    wanted = logits.log_softmax(-1)[torch.arange(3), ids]
+    assert logprobs_of(logits, ids).tolist() == pytest.approx(wanted.tolist(), abs=1e-5)

@@ -12,6 +12,7 @@ from castalia.generate.decoder import Decoder
 from castalia.generate.engine import generate
 from castalia.generate.weights import Int8Linear, PackedLinear
 from castalia.model import Transformer
+from castalia.model.registry import ACTIVATIONS
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -21,6 +22,27 @@ def test_packed_matrices_give_the_products_of_plain_ones(rows: int) -> None:
     with torch.inference_mode():
         theirs = F.linear(x, w, b)
         assert torch.allclose(PackedLinear(w, b)(x.float()), theirs, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize(("rows", "wide"), [(3, False), (3, True), (300, True)])
+def test_an_activation_in_the_product_is_the_same_activation(activation: str, rows: int, wide: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*s, generator=draw).bfloat16() for s in ((rows, 64), (96, 64), (96,)))
+    packed = PackedLinear(w, b, wide)
+    packed.activation = activation
+    with torch.inference_mode():
+        theirs = ACTIVATIONS[activation](F.linear(x.float(), w.float(), b.float()))
+        assert torch.allclose(packed(x).float(), theirs, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("kind", ["gelu_tanh", "mish", "swiglu"])
+def test_a_decoder_computes_what_its_model_does(make_model: Callable[..., Transformer], kind: str) -> None:
+    model = make_model(activation=kind, qk_norm="head", num_kv_heads=2).to(torch.bfloat16).eval()
+    tokens = torch.tensor([list(b"some text to read"), list(b"and another, too!")])
+    with torch.inference_mode():
+        plain = model.logits(model(tokens)[:, -1])
+        assert (Decoder(model).begin(tokens.tolist(), 20) - plain).norm() < 0.02 * plain.norm()
 
 
 @pytest.mark.parametrize("rows", [1, 40])

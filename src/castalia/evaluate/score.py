@@ -98,12 +98,11 @@ class Part:
 
     def hidden(self, tokens: Tensor, cache: PrefixCache | None = None) -> Tensor | None:
         """`[B, S, h]` before the final norm; None on a rank that is not of the last stage."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.decoder._run(tokens, positions, self.model._context(positions, 0, None, None))
+        return self.decoder.hidden(tokens)
 
     def logits(self, hidden: Tensor | None, rows: int) -> Tensor:
         """fp32 `[rows, V]`, on every rank."""
-        return self.decoder._logits(hidden, rows)
+        return self.decoder.logits(hidden, rows)
 
 
 def score(

@@ -117,11 +117,8 @@ class RowCache:
         """Whether the prompts are stored."""
         self.length = 0
         """Tokens stored of the longest row."""
-
-    @property
-    def even(self) -> bool:
+        self.even = True
         """Whether all rows are at the same place."""
-        return min(self.lengths) == max(self.lengths)
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Forget everything: the next forward pass brings prompts of these lengths, padded at their ends."""
@@ -178,6 +175,7 @@ class RowCache:
                 raise ValueError(f"the cache holds {self.max_length} tokens, not {self.length + 1}")
             self.lengths = [n + 1 for n in self.lengths]
         self.started, self.length = True, max(self.lengths)
+        self.even = min(self.lengths) == self.length
         self._places = torch.tensor(self.lengths, device=self._device)
         self._rows = torch.arange(len(self.lengths), device=self._device)
 
@@ -201,4 +199,5 @@ class RowCache:
         ]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.length = max(self.lengths)
+        self.even = min(self.lengths) == self.length
         self._places, self._rows = self._places[rows], torch.arange(len(rows), device=self._device)

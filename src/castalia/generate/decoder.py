@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from castalia.config import mup
 from castalia.config.attention import GATED_MLPS
 from castalia.generate.cache import KVCache, RowCache
+from castalia.generate.quick import doubled, quicken
 from castalia.generate.weights import linear_of, replace_linears, shared_copy
 from castalia.model import Transformer
 from castalia.model.attention_mask import MaskSpec, ScoreBias
 from castalia.model.layers import Context
-from castalia.model.norms import wide
 from castalia.model.positions import alibi_slopes, rope_scaling, rotary_angles
 
 
@@ -78,6 +78,8 @@ class Decoder:
             self.head = linear_of(model.head_weight, model.head_bias, int8)
         self.model = shared_copy(model)
         replace_linears(self.model.layers, int8)
+        if self.uneven:
+            quicken(self.model.layers)
         if self.head is not None:
             self.model.head = None
         # Without a head of its own, the embedding's matrix is looked up and stays.
@@ -85,6 +87,7 @@ class Decoder:
         self._windows = [self.cfg.attention_window if kind == "window" else None for kind in self.cfg.attention_kinds]
         self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: KVCache | RowCache | None = None
+        self._out: Tensor | None = None
 
     def _layer(self, number: int) -> tuple[int, nn.Module]:
         layers: Any = self.model.layers
@@ -99,7 +102,7 @@ class Decoder:
             max_length: most tokens that a row will have, the last one not counted, as it is never read.
 
         Returns:
-            fp32 logits `[B, V]` after each prompt's last token.
+            fp32 logits `[B, V]` after each prompt's last token, good until the next call.
         """
         lengths = [len(p) for p in prompts]
         longest = max(lengths)
@@ -112,25 +115,40 @@ class Decoder:
             self._cache = RowCache(self._windows, max_length, self.dtype, self.device)
         cache = self._cache
         cache.begin(lengths)
-        positions = torch.arange(longest, device=self.device)
-        row = positions.unsqueeze(0)
-        masks = self.model.masks.describe(0, row, row, self._table(), None)
-        x = self._run(tokens, positions, Context(self._rotary(positions, max_length), masks, None, cache))
+        x = self.hidden(tokens, cache)
         cache.advance(longest)
         last = torch.tensor(lengths, device=self.device) - 1
-        return self._logits(None if x is None else x[torch.arange(len(lengths), device=self.device), last], len(tokens))
+        return self.logits(None if x is None else x[torch.arange(len(lengths), device=self.device), last], len(tokens))
+
+    def hidden(self, tokens: Tensor, cache: RowCache | None = None) -> Tensor | None:
+        """Hidden states of texts from their beginning on, for `logits`.
+
+        Args:
+            tokens: int64 `[B, S]`; the model of the `uneven` kind.
+            cache: where keys and values are kept; None: nowhere.
+
+        Returns:
+            `[B, S, h]`, before the final norm; None on a rank that is not of the last stage.
+        """
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=self.device)
+        row = positions.unsqueeze(0)
+        masks = self.model.masks.describe(0, row, row, self._table(), None)
+        rotary = self._rotary(slice(0, length), length if cache is None else cache.max_length)
+        return self._run(tokens, positions, Context(rotary, masks, None, cache))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one more token of each row: int64 `[B]` to fp32 logits `[B, V]`."""
+        """Read one more token of each row: int64 `[B]` to fp32 logits `[B, V]`, good until the next call."""
         cache = self._cache
         if not isinstance(cache, RowCache):
             return self._plain(tokens.unsqueeze(-1))
         positions = cache.places[:1] if cache.even else cache.places.unsqueeze(-1)
         masks = self._masks(cache, positions.view(-1, 1))
-        context = Context(self._rotary(positions, cache.max_length), masks, None, cache)
+        where = slice(cache.length, cache.length + 1) if cache.even else positions
+        context = Context(self._rotary(where, cache.max_length), masks, None, cache)
         x = self._run(tokens.unsqueeze(-1), positions, context)
         cache.advance(1)
-        return self._logits(None if x is None else x[:, -1], len(tokens))
+        return self.logits(None if x is None else x[:, -1], len(tokens))
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone, int64 `[B']`."""
@@ -156,7 +174,11 @@ class Decoder:
             return None
         return x
 
-    def _logits(self, x: Tensor | None, rows: int) -> Tensor:
+    def logits(self, x: Tensor | None, rows: int) -> Tensor:
+        """fp32 `[rows, V]`, on every rank, of hidden states `[rows, h]` of `hidden` (None: another stage has them).
+
+        Good until the next call.
+        """
         local = None if x is None else self._head(self.model.final_norm(x))
         if self.links is not None:
             return self.links.whole_logits(local, rows)
@@ -164,7 +186,13 @@ class Decoder:
         return local
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden) if self.head is None else wide(self.head(hidden))
+        """In memory of its own, which the next call overwrites: asking for so much at each step costs more than it."""
+        if self.head is None:
+            return self.model.logits(hidden)
+        out = self.head(hidden)
+        if self._out is None or self._out.shape != out.shape:
+            self._out = torch.empty(out.shape, device=self.device)
+        return self._out.copy_(out)
 
     def _table(self) -> Tensor | None:
         """Of T5's relative bias."""
@@ -172,15 +200,16 @@ class Decoder:
             return None
         return self.model.relative_bias.weight * self.cfg.mup_rp_embedding_mult
 
-    def _rotary(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+    def _rotary(self, positions: Tensor | slice, length: int) -> tuple[Tensor, Tensor] | None:
         """cos and sin, read from a table: computing them at each step costs as much as a layer."""
         if self.cfg.position != "rotary":
             return None
         if self._angles is None or len(self._angles[0]) < length:
             every = torch.arange(length, device=self.device)
-            self._angles = rotary_angles(every, self.cfg.rotary_dim, self.cfg.rotary_base, rope_scaling(self.cfg))
+            scaling = rope_scaling(self.cfg)
+            self._angles = doubled(*rotary_angles(every, self.cfg.rotary_dim, self.cfg.rotary_base, scaling))
         cos, sin = self._angles
-        return cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
+        return cos[positions], sin[positions]
 
     def _masks(self, cache: RowCache, places: Tensor) -> tuple[MaskSpec, ...]:
         """One description per executed layer for one token of each row, at `places` `[1 or B, 1]`."""

@@ -12,9 +12,9 @@ of speed only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 from castalia.generate.cache import KVCache
 from castalia.generate.decoder import Decoder
-from castalia.generate.sampling import SamplingSettings, make_generator, sample
+from castalia.generate.sampling import SamplingSettings, logprobs_of, make_generator, sample
 from castalia.generate.stopping import Stops
 from castalia.model import Transformer
 
@@ -54,6 +54,26 @@ class Generation:
     logits: Tensor | None = None
 
 
+class Steps(Protocol):
+    """What `generate` needs of a `Decoder`, for others that can tell logits.
+
+    Attributes:
+        cfg: of the model.
+        uneven: whether rows of a batch may be of unequal length.
+    """
+
+    cfg: ModelConfig
+    uneven: bool
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_length: int) -> Tensor:
+        """See Decoder."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """See Decoder."""
+        ...
+
+
 @dataclass
 class _Sequence:
     """One prompt on its way."""
@@ -75,7 +95,7 @@ class _Sequence:
 
 
 def generate(
-    model: Transformer | Decoder,
+    model: Transformer | Steps,
     tokenizer: Tokenizer,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     max_tokens: int = 64,
@@ -127,7 +147,9 @@ def generate(
         _Sequence(i, prompt_ids(p, i, model.cfg, tokenizer, max_tokens), make_generator(seed, i))
         for i, p in enumerate(given)
     ]
-    with ready(model) as decoder:
+    own = isinstance(model, Transformer | Decoder)
+    opened: AbstractContextManager[Steps] = ready(cast(Any, model)) if own else nullcontext(cast(Steps, model))
+    with opened as decoder:
         for batch in _batches(sequences, batch_size, decoder.uneven):
             _run_batch(decoder, tokenizer, batch, max_tokens, settings, stops, on_token, keep_logits)
     return [_result(s, p, tokenizer, stops) for s, p in zip(sequences, given, strict=True)]
@@ -193,7 +215,7 @@ def make_cache(model: Transformer, max_length: int) -> KVCache:
 
 
 def _run_batch(
-    decoder: Decoder,
+    decoder: Steps,
     tokenizer: Tokenizer,
     batch: list[_Sequence],
     max_tokens: int,
@@ -213,7 +235,7 @@ def _run_batch(
             seen[row, sequence.prompt] = True
     for step in range(max_tokens):
         ids = sample(logits, settings, generators, tokenizer.vocab_size, seen)
-        logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        logprobs = logprobs_of(logits, ids)
         for row, (token, logprob) in enumerate(zip(ids.tolist(), logprobs.tolist(), strict=True)):
             sequence = batch[row]
             if sequence.finished:
@@ -221,7 +243,7 @@ def _run_batch(
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             if keep_logits:
-                sequence.logits.append(logits[row])
+                sequence.logits.append(logits[row].clone())
             sequence.kept = stops.kept(sequence.tokens)
             if on_token is not None:
                 last = sequence.finished or step == max_tokens - 1

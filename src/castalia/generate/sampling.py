@@ -19,6 +19,7 @@ from torch import Tensor
 
 from castalia.errors import UserError
 
+_BLOCK = 128
 _HEAD = 1024  # of the most probable tokens, among which the end of a nucleus is looked for first
 
 
@@ -136,6 +137,30 @@ def next_token_probabilities(logits: Tensor, settings: SamplingSettings, vocab_s
     return keep_min_p(probabilities, settings.min_p) if settings.min_p else probabilities
 
 
+def largest(values: Tensor) -> Tensor:
+    """As `argmax(-1)` of `[B, V]`, the lowest id of equal ones; on CPUs ten times as quick.
+
+    argmax goes number by number there, the maximum of a block does not: so it is the first block with the largest
+    maximum, and the first of its values that equals it.
+    """
+    width, whole = values.shape[-1], values.shape[-1] // _BLOCK * _BLOCK
+    if values.device.type != "cpu" or not whole:
+        return values.argmax(-1)
+    tops = values[:, :whole].unflatten(-1, (-1, _BLOCK)).amax(-1)
+    if whole < width:
+        tops = torch.cat([tops, values[:, whole:].amax(-1, keepdim=True)], -1)
+    ids = (tops.argmax(-1, keepdim=True) * _BLOCK + torch.arange(_BLOCK)).clamp_(max=width - 1)
+    return ids.gather(-1, values.gather(-1, ids).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Natural log-probabilities `[B]` of ids `[B]` under logits `[B, V]`."""
+    # Row by row where that keeps what it needs besides in a CPU's cache, and the memory's allocator out of it.
+    rows = [row.logsumexp(-1) for row in logits] if logits.device.type == "cpu" else None
+    total = logits.logsumexp(-1) if rows is None else torch.stack(rows)
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - total
+
+
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The id at which the cumulative distribution passes a uniform number.
 
@@ -151,8 +176,12 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     # probability 0, whose cumulative value equals their predecessor's.
     target = uniforms.unsqueeze(-1).to(cumulative.device) * cumulative[..., -1:]
     ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1)
-    return torch.minimum(ids, last)
+    # A number that rounds up to the whole total passes nothing: then it is the last id that can be drawn.
+    beyond = ids >= probabilities.shape[-1]
+    if bool(beyond.any()):
+        last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1)
+        ids = torch.where(beyond, last, ids)
+    return ids
 
 
 def sample(
@@ -177,7 +206,7 @@ def sample(
     if seen is not None:
         logits = penalise(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
-        return logits[:, :vocab_size].argmax(-1)
+        return largest(logits[:, :vocab_size])
     uniforms = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     return draw(next_token_probabilities(logits, settings, vocab_size), uniforms)
 
