@@ -28,7 +28,7 @@ def test_wide_product_is_the_native_one(dtype, with_bias):
     x, weight, grad = draw(2, 5, 24), draw(7, 24), draw(2, 5, 7)
     bias = draw(7) if with_bias else None
     results = []
-    for product in (F.linear, kernels.wide_product):
+    for product in (F.linear, kernels.WideProduct(dtype)):
         leaves = [t.clone().requires_grad_() for t in (x, weight, *([] if bias is None else [bias]))]
         y = product(*leaves)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from castalia.config import ModelConfig, OptimizerConfig
+from castalia.config import LossConfig, ModelConfig, OptimizerConfig
+from castalia.data.loader import Batch
 from castalia.errors import UserError
 from castalia.model import build_model, linear_cross_entropy
+from castalia.model.loss import loss_sums
 from castalia.optim import make_store
-from castalia.optim.weights import l2_norm
+from castalia.optim.weights import Sink, l2_norm
+from castalia.train.engine import LocalEngine
 
 CFG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
 
@@ -123,3 +126,45 @@ def test_an_optimizer_of_the_users_own_is_named_by_module(tmp_path, monkeypatch)
     for name, word in (("my_optimizers:wrong", "OptimizerKind"), ("nowhere:x", "imported"), ("adamx", "adamw")):
         with pytest.raises(UserError, match=word):
             make_store(model, OptimizerConfig(type=name), "fp32", arena=False)
+
+
+def _steps(engine_changes: dict[str, object], vocab: int = 64, steps: int = 3):
+    """Gradients of three steps of two micro-batches through the engine, which takes the short ways where it can."""
+    cfg = CFG.model_copy(update={"vocab_size": vocab})
+    model = build_model(cfg, seed=3)
+    store = make_store(model, OptimizerConfig(lr=1e-2), "fp32", arena=True)
+    engine = LocalEngine(model, store, LossConfig())
+    for name, value in engine_changes.items():
+        setattr(engine, name, value)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(steps):
+        batches = []
+        for _ in range(2):
+            ids = torch.randint(0, vocab // (step + 1), (2, 9), generator=generator)
+            batches.append(Batch(ids[:, :-1], ids[:, 1:].clone(), torch.arange(8).expand(2, -1)))
+        if step == 1:  # a step that is thrown away leaves nothing behind
+            engine.forward_backward(batches, 32)
+            store.discard()
+        engine.forward_backward(batches, 32)
+        # Copies of the views: asking for `gradients` would let the store forget which rows are in use.
+        found.append({n: s.gradient_views[i].clone() for s in store._segments for i, n in enumerate(s.names)})
+        store.step(1e-2)
+    return found
+
+
+def test_the_short_ways_of_gradients_give_the_same():
+    """Rows of the embedding alone, and the output matrix's gradient summed in place, beside plain autograd."""
+    short = _steps({})
+    plain = _steps({"_rows": False, "loss_sums": lambda *args, **more: loss_sums(*args, **more)})
+    for ours, theirs in zip(short, plain, strict=True):
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name], atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_a_summed_gradient_cannot_be_scaled_afterwards():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(16, 8, requires_grad=True)
+    sums = loss_sums(hidden, weight, torch.arange(4), sink=Sink(torch.zeros(16, 8)))
+    with pytest.raises(RuntimeError, match="summed already"):
+        (2 * sums.scaled).backward()

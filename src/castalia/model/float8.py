@@ -38,15 +38,15 @@ def float8_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
     Args:
         x: `[..., in]`.
-        weight: `[out, in]`, of the same dtype.
-        bias: `[out]`, of the same dtype.
+        weight: `[out, in]`.
+        bias: `[out]`.
 
     Returns:
-        `[..., out]` of that dtype.
+        `[..., out]` of the weight's dtype.
     """
-    out: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight)
+    out: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]).to(weight.dtype), weight)
     out = out.view(*x.shape[:-1], weight.shape[0])
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.to(weight.dtype)
 
 
 def missing_float8(device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
     fp32    torch's "highest" (MKL) or "medium" (oneDNN)      the faster one; on AMD they differ by a factor of two
     16 bit  native instructions, or products of the same      the faster one; some CPUs that know bf16 multiply
-            numbers by the fp32 ones (`wide_product`)         fp32 twice as fast, some half as fast
+            numbers by the fp32 ones (`WideProduct`)          fp32 twice as fast, some half as fast
 
 "medium" may round fp32 inputs on some CPUs: whether it does is tried, and then it is not taken. A product of
 bf16 numbers is exact in fp32, so by either way operands and results are rounded to 16 bits, and only the
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from castalia.model.attention import Attention, Core
 from castalia.model.attention_mask import Drop, MaskSpec
+from castalia.model.layers import native_product
 
 # An fp32 product of 256 terms errs by about 3e-7; one with bf16 inputs by about 3e-3.
 _FP32_ERROR = 5e-6
@@ -84,21 +85,24 @@ def choose_matmul(device: torch.device, dtype: torch.dtype | None, setting: str 
     if setting != "auto" or device.type != "cpu":
         return "native" if setting == "auto" else setting
     x, w = _operands(dtype)
-    ways = {"native": lambda: F.linear(x, w), "fp32": lambda: wide_product(x, w)}
+    product, rounded = WideProduct(dtype), w.float()
+    ways = {"native": lambda: F.linear(x, w), "fp32": lambda: product(x, rounded)}
     return _remembered(str(dtype).removeprefix("torch."), ways)
 
 
-def use_matmul(model: nn.Module, choice: str) -> None:
-    """Let a model compute its products of 16-bit matrices as `choose_matmul` said.
+def use_matmul(model: nn.Module, choice: str, dtype: torch.dtype | None = torch.bfloat16) -> None:
+    """Let a model compute its products of 16-bit matrices as `choose_matmul` said; `dtype` is theirs.
 
-    Linear maps that have a product of their own (float8) keep it.
+    Before its store is made, which then keeps weights as they are wanted. Linear maps that have a product of
+    their own (float8) keep it.
     """
     vars(model)["matmul"] = choice
-    if choice == "native":
+    if choice == "native" or dtype is None:
         return
+    product = WideProduct(dtype)
     for module in model.modules():
-        if getattr(module, "product", None) is F.linear:
-            vars(module)["product"] = wide_product
+        if getattr(module, "product", None) is native_product:
+            vars(module)["product"] = product
         if isinstance(module, Attention):
             module.core = _WideCore(module.core)
 
@@ -108,33 +112,72 @@ def head_matrix(model: nn.Module, matrix: Tensor) -> Tensor:
     return matrix.float() if getattr(model, "matmul", "native") == "fp32" and matrix.dtype.itemsize < 4 else matrix
 
 
-def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As F.linear of 16-bit tensors of one dtype, computed by fp32 products; what backward keeps has 16 bits too."""
-    out: Tensor = _WideProduct.apply(x, weight, bias)
-    return out
+class WideProduct:
+    """As `native_product` with 16-bit operands and results, computed by fp32 products.
+
+    The weight may be of 16 bits or hold such numbers in fp32; what backward keeps of x has 16 bits. Operands and
+    results in fp32 are in memory that is used again and again: fresh memory costs as much as the conversion.
+
+    Args:
+        dtype: the 16-bit one.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._flat: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[..., in]` of any dtype to `[..., out]` of 16 bits."""
+        out: Tensor = _WideProduct.apply(x, weight, bias, self)
+        return out
+
+    def widened(self, name: str, x: Tensor) -> Tensor:
+        """A 16-bit matrix in fp32, in the memory of that name."""
+        return x.float() if torch.compiler.is_compiling() else self._memory(name, x.shape[0], x.shape[1], x).copy_(x)
+
+    def mm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """The product of two matrices, in the memory of that name."""
+        if torch.compiler.is_compiling():
+            return torch.mm(a, b)
+        return torch.mm(a, b, out=self._memory(name, a.shape[0], b.shape[1], a))
+
+    def _memory(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        size, flat = rows * columns, self._flat.get(name)
+        if flat is None or flat.numel() < size or flat.device != like.device:
+            self._flat[name] = flat = torch.empty(size, device=like.device)
+        return flat[:size].view(rows, columns)
 
 
 class _WideProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        wide, matrix = x.reshape(-1, x.shape[-1]).float(), weight.float().T
-        y = torch.mm(wide, matrix) if bias is None else torch.addmm(bias.float(), wide, matrix)
-        return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: WideProduct) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(product.dtype)
+        ctx.save_for_backward(flat, weight)
+        ctx.product, ctx.shape, ctx.dtype = product, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        y = product.mm("out", product.widened("in", flat), weight.float().T)
+        if bias is not None:
+            y += bias
+        return y.to(product.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide = grad.reshape(-1, grad.shape[-1]).float()
+        product = ctx.product
+        wide = product.widened("in", grad.reshape(-1, grad.shape[-1]))
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = torch.mm(wide, weight.float()).to(x.dtype).view(x.shape)
+            if ctx.dtype == torch.float32:
+                d_x = torch.mm(wide, weight.float())
+            else:
+                d_x = product.mm("out", wide, weight.float()).to(ctx.dtype)
+            d_x = d_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            d_weight = torch.mm(wide.T, x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+            d_weight = torch.mm(wide.T, product.widened("out", x)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            d_bias = wide.sum(0).to(weight.dtype)
-        return d_x, d_weight, d_bias
+            d_bias = wide.sum(0).to(ctx.bias_dtype)
+        return d_x, d_weight, d_bias, None
 
 
 class _WideCore:

@@ -72,19 +72,23 @@ class Context(NamedTuple):
         return MaskSpec(past=0 if self.cache is None else self.cache.length)
 
 
+def native_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in W's dtype, as torch computes it."""
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
 class Linear(nn.Linear):
     """y = x W^T + b in W's dtype.
 
     Attributes:
-        product: computes x W^T + b; others take the place of torch's own (castalia.model.kernels, float8).
+        product: computes it from x, W and b; others take the place of torch's own (castalia.model.kernels, float8).
     """
 
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(native_product)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` of any dtype to `[..., out]` of the weight's dtype."""
-        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
-        return self.product(x.to(self.weight.dtype), self.weight, bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class MLP(nn.Module):

@@ -48,6 +48,28 @@ class VocabularyShard(Protocol):
         ...
 
 
+class WeightSink(Protocol):
+    """Takes the gradient of the output matrix, chunk by chunk, where it is to be in the end."""
+
+    def add(self, e: Tensor, h: Tensor) -> None:
+        """Add e^T h; e `[t, V]`, h `[t, hidden]`."""
+        ...
+
+
+class Workspace:
+    """The buffer of logits, kept from one micro-batch to the next: fresh memory costs a CPU as much as a pass."""
+
+    _flat: Tensor | None = None
+
+    def logits(self, rows: int, weight: Tensor) -> Tensor:
+        """`[rows, V]`, of the matrix's dtype and device."""
+        size = rows * weight.shape[0]
+        flat = self._flat
+        if flat is None or flat.numel() < size or flat.dtype != weight.dtype or flat.device != weight.device:
+            self._flat = flat = torch.empty(size, dtype=weight.dtype, device=weight.device)
+        return flat[:size].view(rows, weight.shape[0])
+
+
 class LossSums(NamedTuple):
     """What a micro-batch's tokens lose.
 
@@ -74,6 +96,8 @@ def loss_sums(
     z_loss: float = 0.0,
     chunk_size: int = 512,
     shard: VocabularyShard | None = None,
+    workspace: Workspace | None = None,
+    sink: WeightSink | None = None,
 ) -> LossSums:
     """Losses of next tokens, summed.
 
@@ -86,9 +110,14 @@ def loss_sums(
         z_loss: coefficient of the z-loss.
         chunk_size: tokens whose logits exist at once.
         shard: `weight` and `bias` are some rows of the matrix, others have the rest; None: they are the whole.
+        workspace: where logits are; None: in memory of this call's own.
+        sink: takes the gradient of `weight` (not of 16 bits) at once, instead of backward, in which the
+            gradient of `scaled` must then be 1; None: backward hands it over.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    return LossSums(*_LinearCrossEntropy.apply(flat, weight, bias, targets, scale, z_loss, chunk_size, shard))
+    weight = weight if sink is None else weight.detach()
+    more = workspace or Workspace(), sink
+    return LossSums(*_LinearCrossEntropy.apply(flat, weight, bias, targets, scale, z_loss, chunk_size, shard, *more))
 
 
 def linear_cross_entropy(
@@ -134,16 +163,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk_size: int,
         shard: VocabularyShard | None,
+        workspace: Workspace,
+        sink: WeightSink | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, wants = len(labels), any(ctx.needs_input_grad[:3])
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         d_hidden = torch.empty_like(hidden, dtype=wide) if wants else None
-        d_weight = _WeightGradient(weight) if wants else None
+        d_weight = None if not wants or sink is not None else _WeightGradient(weight)
+        into: WeightSink | None = sink if wants and sink is not None else d_weight
         d_bias = torch.zeros_like(bias, dtype=wide) if wants and bias is not None else None
         half = weight.dtype == torch.float16
         outside = scale if half else 1.0
         total, squares = torch.zeros(2, dtype=torch.float64, device=hidden.device).unbind()
-        buffer = torch.empty(min(chunk_size, tokens), weight.shape[0], dtype=weight.dtype, device=weight.device)
+        buffer = workspace.logits(min(chunk_size, tokens), weight)
         for rows in _chunks(tokens, chunk_size):
             h, targets = hidden[rows].to(weight.dtype), labels[rows]
             logits = torch.mm(h, weight.T, out=buffer[: len(targets)])
@@ -160,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_z = z.log() + peak
             total += (log_z - chosen).masked_fill(~valid, 0.0).sum(dtype=torch.float64)
             squares += log_z.square().masked_fill(~valid, 0.0).sum(dtype=torch.float64)
-            if d_hidden is None or d_weight is None:
+            if d_hidden is None or into is None:
                 continue
             # Gradient of a row's nll is (e - z at the target) / z; the division is on the small side. The square
             # of log z adds 2 log z e / z.
@@ -176,11 +208,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_e = logits.view(-1)[at].to(wide)
             logits.view(-1).index_copy_(0, at, torch.where(here, target_e - z, target_e).to(logits.dtype))
             torch.mul(torch.mm(logits, weight), factor * outside, out=d_hidden[rows])
-            d_weight.add(logits, (hidden[rows] * factor).to(weight.dtype))
+            into.add(logits, (hidden[rows] * factor).to(weight.dtype))
             if d_bias is not None:
                 d_bias += torch.mm(logits.T, factor.to(logits.dtype)).squeeze(1) * outside
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.result(outside), d_bias)
-        ctx.hidden_dtype = hidden.dtype
+        ctx.hidden_dtype, ctx.sunk = hidden.dtype, sink is not None
         ctx.mark_non_differentiable(total, squares)
         scaled = total + z_loss * squares if z_loss > 0 else total
         return (scaled * scale).to(wide), total, squares
@@ -189,9 +221,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         if grad.device.type != "cpu" or grad.item() != 1.0:  # the usual 1.0 saves a pass where looking is free
-            d_hidden, d_weight = d_hidden * grad, d_weight * grad
-            d_bias = None if d_bias is None else d_bias * grad
-        return d_hidden.to(ctx.hidden_dtype), d_weight, d_bias, None, None, None, None, None
+            if ctx.sunk:
+                raise RuntimeError("the gradient of the output matrix is summed already: the loss cannot be scaled now")
+            d_hidden = d_hidden * grad
+            d_weight, d_bias = (None if t is None else t * grad for t in (d_weight, d_bias))
+        return d_hidden.to(ctx.hidden_dtype), d_weight, d_bias, *[None] * 7
 
 
 class _WeightGradient:

@@ -73,6 +73,10 @@ class WeightStore(Protocol):
         """`model.<name>` and `optimizer.<name>.<moment>`: what a checkpoint holds, to read and to write in place."""
         ...
 
+    def sink(self, name: str) -> Sink | None:
+        """What takes a weight's gradient beside autograd, see Sink; None: this store has none for it."""
+        ...
+
     def gradients(self) -> dict[str, Tensor]:
         """Accumulated gradients by name (views or copies), for inspection."""
         ...
@@ -185,6 +189,22 @@ def _add(total: Tensor, part: Tensor) -> None:
         into[start : start + _ADD_CHUNK].add_(scratch[: piece.numel()].copy_(piece))
 
 
+class Sink:
+    """Adds products to a matrix's accumulated gradient as they are made, without a copy on the way.
+
+    Args:
+        total: `[V, h]`, where the gradient accumulates.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self.total, self.empty, self.filled = total, True, False
+
+    def add(self, e: Tensor, h: Tensor) -> None:
+        """Add e^T h; e `[t, V]`, h `[t, hidden]`."""
+        torch.addmm(self.total, e.T, h, beta=0 if self.empty else 1, out=self.total)
+        self.empty, self.filled = False, True
+
+
 class _Store:
     """What the two stores share."""
 
@@ -209,6 +229,10 @@ class _Store:
     def gradients(self) -> dict[str, Tensor]:
         """See WeightStore."""
         raise NotImplementedError
+
+    def sink(self, name: str) -> Sink | None:
+        """See WeightStore."""
+        return None
 
     def watch_first(self) -> None:
         """Nothing to do: gradients accumulate here."""
@@ -372,7 +396,9 @@ class PlainStore(_Store):
 class _Segment:
     """Parameters that share their rule and working dtype, end to end in flat buffers."""
 
-    def __init__(self, names: list[str], parameters: dict[str, nn.Parameter], rule: Rule, low: torch.dtype | None):
+    def __init__(
+        self, names: list[str], parameters: dict[str, nn.Parameter], rule: Rule, low: torch.dtype | None, wide: bool
+    ) -> None:
         self.names, self.rule, self.low = names, rule, low
         self.shapes = [parameters[n].shape for n in names]
         self.sizes = [parameters[n].numel() for n in names]
@@ -380,7 +406,7 @@ class _Segment:
         self.master = nn.Parameter(torch.empty(sum(self.sizes), dtype=torch.float32, device=first.device))
         self.gradient = torch.zeros_like(self.master)
         self.master.grad = self.gradient
-        self.copy = None if low is None else torch.empty_like(self.master, dtype=low)
+        self.copy = None if low is None else torch.empty_like(self.master, dtype=torch.float32 if wide else low)
         with torch.no_grad():
             for name, view in self.views(self.master.detach()):
                 view.copy_(parameters[name])
@@ -391,6 +417,17 @@ class _Segment:
         }
         self.gradient_views = [v for _, v in self.views(self.gradient)]
 
+    def refresh(self) -> None:
+        """Make the copy that of the master, rounded to 16 bits."""
+        if self.copy is None or self.low is None:
+            return
+        if self.copy.dtype == self.low:
+            self.copy.copy_(self.master)
+            return
+        scratch = torch.empty(min(_ADD_CHUNK, self.copy.numel()), dtype=self.low)
+        for into, source in zip(self.copy.split(_ADD_CHUNK), self.master.split(_ADD_CHUNK), strict=True):
+            into.copy_(scratch[: len(into)].copy_(source))
+
     def views(self, flat: Tensor) -> Iterable[tuple[str, Tensor]]:
         """Name and shaped view of each parameter's stretch of a flat buffer."""
         pieces = flat.split(self.sizes)
@@ -398,20 +435,40 @@ class _Segment:
 
 
 class ArenaStore(_Store):
-    """Masters, gradients, moments and 16-bit copies in flat buffers; parameters are views of the masters."""
+    """Masters, gradients, moments and 16-bit copies in flat buffers; parameters are views of the masters.
+
+    Where fp32 products multiply 16-bit matrices (castalia.model.kernels), copies hold the rounded numbers in fp32.
+    """
 
     def __init__(self, model: nn.Module, cfg: OptimizerConfig, low: torch.dtype | None) -> None:
         super().__init__(model, cfg, low)
         low_names = set(self._low_names)
+        wide = getattr(model, "matmul", "native") == "fp32"
         self._segments = []
         for rule, names in self._rules:
             for is_low in (True, False):
                 members = [n for n in names if (n in low_names) is is_low]
                 if members:
-                    self._segments.append(_Segment(members, self._parameters, rule, low if is_low else None))
+                    self._segments.append(_Segment(members, self._parameters, rule, low if is_low else None, wide))
         self._make_optimizer([(s.rule, [s.master]) for s in self._segments])
         self._empty = True
+        self._places = {n: (s, i) for s in self._segments for i, n in enumerate(s.names)}
+        self._sinks: dict[str, Sink] = {}
+        self._rows: list[Tensor] | None = None
         self.refresh()
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the embedding may have a gradient of the rows that were looked up alone: it does nothing else."""
+        alone = getattr(self._model, "head", None) is not None and "embedding.weight" in self._places
+        return alone and self._segments[0].master.device.type == "cpu"
+
+    def sink(self, name: str) -> Sink | None:
+        """See WeightStore: for fp32 matrices on a CPU."""
+        segment, number = self._places.get(name, (None, 0))
+        if segment is None or segment.master.device.type != "cpu" or segment.working[name].dtype != torch.float32:
+            return None
+        return self._sinks.setdefault(name, Sink(segment.gradient_views[number]))
 
     def working(self) -> dict[str, Tensor]:
         """See WeightStore."""
@@ -420,20 +477,45 @@ class ArenaStore(_Store):
     @torch.no_grad()
     def collect(self) -> None:
         """See WeightStore; the sum over micro-batches is fp32 whatever the working dtype."""
+        totals, parts = [], []
         for segment in self._segments:
-            tensors = list(segment.working.values())
-            grads = [t.grad for t in tensors if t.grad is not None]
-            if len(grads) < len(tensors):
-                missing = [n for n, t in segment.working.items() if t.grad is None]
-                raise RuntimeError(f"no gradient reached {missing[0]}: a part of the model is not used in its forward")
-            if self._empty:
-                torch._foreach_copy_(segment.gradient_views, grads)
-            else:
-                for total, part in zip(segment.gradient_views, grads, strict=True):
+            for (name, tensor), total in zip(segment.working.items(), segment.gradient_views, strict=True):
+                part, sink = tensor.grad, self._sinks.get(name)
+                filled = sink is not None and sink.filled
+                if part is None and not filled:
+                    raise RuntimeError(f"no gradient reached {name}: a part of the model is not used in its forward")
+                tensor.grad = None
+                if part is None:
+                    pass
+                elif part.is_sparse:
+                    self._add_rows(total, part)
+                elif self._empty and not filled:
+                    totals.append(total)
+                    parts.append(part)
+                else:
                     _add(total, part)
-            for t in tensors:
-                t.grad = None
+        if totals:
+            torch._foreach_copy_(totals, parts)
         self._empty = False
+        for sink in self._sinks.values():
+            sink.empty = sink.filled = False
+
+    def _add_rows(self, total: Tensor, part: Tensor) -> None:
+        """Add a gradient of some rows; those of the step before are emptied, if no one else can have written others."""
+        rows, values = part._indices()[0], part._values()
+        if self._empty:
+            for old in self._rows if self._rows is not None else [slice(None)]:
+                total[old] = 0.0
+            self._rows = []
+        if self._rows is not None:
+            self._rows.append(rows)
+        total.index_add_(0, rows, values)
+
+    def _forget(self) -> None:
+        """The next gradient begins a new sum."""
+        self._empty = True
+        for sink in self._sinks.values():
+            sink.empty, sink.filled = True, False
 
     def gradient_norm(self) -> Tensor:
         """See WeightStore."""
@@ -443,12 +525,12 @@ class ArenaStore(_Store):
     def step(self, lr: float, divisor: Tensor | None = None) -> None:
         """See WeightStore."""
         self._update(lr, divisor, [s.gradient for s in self._segments])
-        self._empty = True
+        self._forget()
         self._refresh_copies()
 
     def discard(self) -> None:
         """See WeightStore; the next collect() overwrites what the buffers hold."""
-        self._empty = True
+        self._forget()
 
     def refresh(self) -> None:
         """See WeightStore."""
@@ -458,8 +540,7 @@ class ArenaStore(_Store):
     @torch.no_grad()
     def _refresh_copies(self) -> None:
         for segment in self._segments:
-            if segment.copy is not None:
-                segment.copy.copy_(segment.master)
+            segment.refresh()
 
     def tensors(self) -> dict[str, Tensor]:
         """See WeightStore."""
@@ -472,8 +553,10 @@ class ArenaStore(_Store):
 
     def gradient_buffers(self) -> list[Tensor]:
         """See WeightStore."""
+        self._rows = None  # whoever asks may write
         return [segment.gradient for segment in self._segments]
 
     def gradients(self) -> dict[str, Tensor]:
         """See WeightStore."""
+        self._rows = None
         return {n: v for s in self._segments for n, v in zip(s.names, s.gradient_views, strict=True)}

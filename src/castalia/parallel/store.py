@@ -59,7 +59,7 @@ class SpreadStore:
         self.discard, self.refresh, self.set_updates = inner.discard, inner.refresh, inner.set_updates
         self.step = inner.step
         self.gradients, self.averaged, self.trained = inner.gradients, inner.averaged, inner.trained
-        self.reach, self.watch_first = inner.reach, inner.watch_first
+        self.reach, self.watch_first, self.sink = inner.reach, inner.watch_first, inner.sink
         if isinstance(inner.optimizer, MatrixOptimizer):
             inner.reach(wholes(inner.trained, places, mesh))
         self._kind, self._average = optimizer_kind(cfg), cfg.average is not None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from castalia.model.attention import Core
 from castalia.model.attention_mask import Drop, MaskSpec
 from castalia.model.collected import Routing
+from castalia.model.layers import native_product
 from castalia.model.moe import MoE
 from castalia.model.norms import wide
 from castalia.model.transformer import Transformer
@@ -46,12 +47,12 @@ class RowLinear(nn.Module):
     def __init__(self, linear: nn.Linear, group: Group, sequence: bool) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.product = getattr(linear, "product", F.linear)
+        self.product = getattr(linear, "product", native_product)
         self._group, self._sequence = group, sequence
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, S, in / ranks]` to fp32 `[B, S or S / ranks, out]`."""
-        y = wide(self.product(x.to(self.weight.dtype), self.weight))
+        y = wide(self.product(x, self.weight, None))
         y = collectives.scatter_sum(y, SEQUENCE, self._group) if self._sequence else collectives.total(y, self._group)
         return y if self.bias is None else y + wide(self.bias.to(self.weight.dtype))
 

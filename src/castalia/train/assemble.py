@@ -17,6 +17,7 @@ from castalia.model.kernels import use_matmul
 from castalia.model.transformer import Transformer, build_model
 from castalia.optim import WeightStore
 from castalia.optim.offload import store_of
+from castalia.optim.weights import working_dtype
 from castalia.parallel.layout import check_layout
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.parallelize import runner_of
@@ -67,14 +68,14 @@ def assemble(config: Config, mesh: Mesh, matmul: str = "native") -> Assembled:
         model.runner = runner_of(config, mesh.layout)
         if config.training.precision == "fp8":
             use_float8(model)
-        use_matmul(model, matmul)
+        use_matmul(model, matmul, working_dtype(config.training.precision))
         store = store_of(model, config, config.performance.arena)
         engine = LocalEngine(model, store, config.loss, config.performance.compile, seed)
         return Assembled(mesh, model, store, engine, {})
     from castalia.parallel.parallelize import parallelize, vocabulary_of
 
     parts = parallelize(config, mesh)
-    use_matmul(parts.model, matmul)
+    use_matmul(parts.model, matmul, working_dtype(config.training.precision))
     vocabulary = vocabulary_of(config, mesh)
     if mesh.layout.pipeline > 1:
         from castalia.parallel.stages import Part

@@ -21,11 +21,12 @@ from castalia.data.loader import Batch
 from castalia.model.collected import Collected
 from castalia.model.dropout import DropoutKey
 from castalia.model.kernels import head_matrix
-from castalia.model.loss import LossSums, VocabularyShard
+from castalia.model.loss import LossSums, VocabularyShard, Workspace, loss_sums
 from castalia.model.moe import MoE
 from castalia.model.registry import LOSSES, look_up
 from castalia.model.transformer import Transformer
 from castalia.optim import WeightStore
+from castalia.optim.weights import ArenaStore
 from castalia.parallel.context import rows_held, stretch
 from castalia.parallel.experts import rebalance
 from castalia.parallel.mesh import GRADIENT_AXES, Mesh, local_mesh
@@ -131,6 +132,7 @@ class LocalEngine:
         self.drops = cfg.hidden_dropout > 0 or cfg.attention_dropout > 0 or cfg.moe_jitter > 0
         self.collects = cfg.moe_num_experts > 0 or cfg.mtp_depth > 0
         self.loss_sums = look_up(LOSSES, loss.function, "loss.function")
+        self._workspace = Workspace()
         self._experts: dict[int, list[int]] = {}
         self.loss_scale, self.timers = 1.0, Timers(self.device)
         self.measures_noise = False
@@ -148,6 +150,8 @@ class LocalEngine:
             out: Tensor = functional_call(model, weights, given)
             return out, collected
 
+        # The compiler knows no gradients of some rows.
+        self._rows = isinstance(store, ArenaStore) and store.takes_rows and not compiled
         self._hidden: Callable[..., Any] = torch.compile(hidden, dynamic=False) if compiled else hidden
 
     def forward_backward(self, micro_batches: Sequence[Batch], global_tokens: int, step: int = 0) -> StepStats:
@@ -228,12 +232,16 @@ class LocalEngine:
         positions = None if default else batch.positions.to(self.device)
         # Documents stay where the loader made them: kernels plan by them without waiting for the device.
         tokens = batch.tokens.to(self.device)
-        hidden, collected = self._hidden(weights, tokens, positions, dropout, collects, batch.doc_ids)
         cfg, model = self.loss, self.model
+        if self._rows:
+            model.embedding.sparse = torch.is_grad_enabled()
+        hidden, collected = self._hidden(weights, tokens, positions, dropout, collects, batch.doc_ids)
+        if self._rows:
+            model.embedding.sparse = False
         matrix = head_matrix(model, weights[model.head_name] if weights else model.head_weight)
         bias = weights.get("head.bias") if weights else model.head_bias
 
-        def head(hidden: Tensor, labels: Tensor) -> LossSums:
+        def head(hidden: Tensor, labels: Tensor, **more: Any) -> LossSums:
             return self.loss_sums(
                 hidden,
                 matrix,
@@ -243,6 +251,11 @@ class LocalEngine:
                 z_loss=cfg.z_loss,
                 chunk_size=cfg.chunk_size,
                 shard=self.vocabulary,
+                **more,
             )
 
-        return head(hidden, batch.labels.to(self.device)), collected, head
+        more: dict[str, Any] = {}
+        if unwrap(self.loss_sums) is loss_sums:  # a loss of somebody's own knows nothing of these
+            sink = self.store.sink(model.head_name) if torch.is_grad_enabled() else None
+            more = {"workspace": self._workspace, "sink": sink}
+        return head(hidden, batch.labels.to(self.device), **more), collected, head
