@@ -25,7 +25,7 @@ AXES = {"step": "step", "tokens": "tokens", "time": "seconds", "FLOPs": "flops"}
 _MOST_OTHERS = 16
 """Charts of quantities that this file does not know."""
 _KNOWN = {
-    "v", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "parameter_norm", "tokens_per_second", "mfu",
+    "v", "step", "tokens", "seconds", "loss", "lr", "grad_norm", "parameter_norm", "tokens_per_second", "mfu", "hfu",
     "samples_per_second", "step_seconds", "flops_per_second", "peak_memory",
     "noise_scale", "noise_scale_low", "noise_scale_high",
 }  # fmt: skip
@@ -46,6 +46,7 @@ def curves(runs: Sequence[Run]) -> str:
         _noise_chart,
         _panel("Throughput", "tokens per second", "tokens_per_second", averaged=True, zero=True),
         _panel("Model FLOPs utilisation", "per cent", "mfu", averaged=True, zero=True, factor=100),
+        *_hardware(runs),
         _panel("Peak memory", "GiB", "peak_memory", zero=True, factor=2**-30),
         _panel("Norm of all parameters", "", "parameter_norm"),
         *_timers(runs),
@@ -194,6 +195,13 @@ def _panel(
     return draw
 
 
+def _hardware(runs: Sequence[Run]) -> list[Panel]:
+    """The share with what was computed again, where it differs from the model's own."""
+    if all(r.get("hfu") in (None, r.get("mfu")) for run in runs for r in run.train):
+        return []
+    return [_panel("Hardware FLOPs utilisation", "per cent", "hfu", averaged=True, zero=True, factor=100)]
+
+
 def _timers(runs: Sequence[Run]) -> list[Panel]:
     """What the parts of a step take: of one run all in one chart, of several a chart for each part."""
     names = list(dict.fromkeys(k for run in runs for k in run.keys("train") if k.startswith("timers/")))
@@ -207,10 +215,11 @@ def _timers(runs: Sequence[Run]) -> list[Panel]:
 
     def draw(runs: Sequence[Run], axis: str, width: int) -> str:
         label, divisor = _x(runs, axis)
-        series = [
-            Series(name.removeprefix("timers/"), *_columns(runs[0], "train", axis, divisor, name), i)
-            for i, name in enumerate(names)
-        ]
+        columns = {name.removeprefix("timers/"): _columns(runs[0], "train", axis, divisor, name) for name in names}
+        most = max(len(x) for x, _ in columns.values())
+        # What happens once in a while is points.
+        styles = {name: "dashed" if 2 * len(x) < most else "line" for name, (x, _) in columns.items()}
+        series = [Series(name, x, y, i, styles[name]) for i, (name, (x, y)) in enumerate(columns.items())]
         return chart("Timers", series, label, "seconds", zero=True, width=width)
 
     return [draw]

@@ -146,7 +146,8 @@ def wandb_numbers(file: Path) -> Numbers:
     for record in wandb_records(file):
         if record.HasField("history"):
             items = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            numbers |= {(k, int(items["_step"])): float(v) for k, v in items.items() if not k.startswith("_")}
+            values = {k: v for k, v in items.items() if isinstance(v, (int, float)) and not k.startswith("_")}
+            numbers |= {(k, int(items["_step"])): float(v) for k, v in values.items()}
     return numbers
 
 
