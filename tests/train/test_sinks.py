@@ -224,6 +224,7 @@ def test_what_is_printed_is_copied(tiny_values, tmp_path, capsys):
     host = socket.gethostname()
     out = (tmp_path / "logs" / f"{host}_stdout.txt").read_text()
     assert out == printed.out == "".join(f"step {i}\n" for i in range(1, 13))
+    assert "follow from others" in printed.err and "translated" not in printed.err
     assert (tmp_path / "logs" / f"{host}_stderr.txt").read_text() == printed.err != ""
     train(config)
     assert (tmp_path / "logs" / f"{host}_stdout.txt").read_text() == out  # appended to, not begun anew
