@@ -16,7 +16,7 @@ from castalia.train.profile_tree import lines, merged, tree
 TEXT = (
     "model: {{num_layers: 3, hidden_size: 32, num_attention_heads: 4, vocab_size: 64, rotary_fraction: 0.5{}}}\n"
     "data: {{seq_length: 16}}\ntraining: {{steps: 5, batch_size: 4, micro_batch_size: 2, precision: {}}}\n"
-    "performance: {{threads: 1, device: cpu{}}}\n"
+    "performance: {{threads: 1, device: cpu, matmul: native{}}}\n"
 )
 
 

@@ -27,10 +27,11 @@ from castalia.config.load import check_values
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.data.loader import Batch, Loader, Shard
 from castalia.errors import UserError
-from castalia.model.kernels import choose_fp32_matmul, flushes_denormals
+from castalia.model.kernels import choose_fp32_matmul, choose_matmul, flushes_denormals
 from castalia.model.size import ModelSize, model_size
 from castalia.optim import learning_rate
 from castalia.optim.loss_scale import LossScaler
+from castalia.optim.weights import working_dtype
 from castalia.parallel.layout import layout_of
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.world import World, enter_world, peak_memory
@@ -55,6 +56,7 @@ class Profile:
         phases: seconds of the step by phase.
         step_seconds: of a step with no clocks inside; `clocked_seconds` of the one that was measured.
         plan_flops: of the step, as `castalia plan` reckons them.
+        state_bytes: of weights, gradients, optimizer and 16-bit copies.
         peak_bytes: that the process, or the device, has held.
         notes: what else is to be said.
     """
@@ -71,6 +73,7 @@ class Profile:
     step_seconds: float
     clocked_seconds: float
     plan_flops: int
+    state_bytes: dict[str, int]
     peak_bytes: int
     notes: list[str] = field(default_factory=list)
 
@@ -111,7 +114,7 @@ def profile(config: Config, repeat: int = 3, trace: Path | None = None, memory: 
         undo.callback(torch.set_flush_denormal, flushes_denormals())
         if config.performance.threads:
             torch.set_num_threads(config.performance.threads)
-        choose_fp32_matmul(world.device)
+        torch.set_float32_matmul_precision(choose_fp32_matmul(world.device))
         return _measured(config, batches, data, world, size, notes, repeat, trace, memory)
 
 
@@ -126,7 +129,8 @@ def _measured(
     trace: Path | None,
     memory: Path | None,
 ) -> Profile:
-    parts = assemble(config, Mesh(layout_of(config.parallel, 1), world))
+    matmul = choose_matmul(world.device, working_dtype(config.training.precision), config.performance.matmul)
+    parts = assemble(config, Mesh(layout_of(config.parallel, 1), world), matmul)
     timers = parts.engine.timers = Timers(world.device)
     step = _Stepper(config, parts, batches)
     step()
@@ -168,6 +172,12 @@ def _measured(
         plain,
         clocked,
         tokens * size.flops_per_token,
+        {
+            "weights": size.weight_bytes,
+            "gradients": size.gradient_bytes,
+            "optimizer": size.optimizer_bytes,
+            "16-bit copies": size.working_bytes,
+        },
         peak,
         notes + _remarks(config, size, tokens, counted),
     )

@@ -28,7 +28,8 @@ MEASURES = {
     "parameters": ("parameters", "parameters"),
 }
 _ROW = 26
-_KINDS = ("attention", "mlp", "norm", "embedding", "head", "expert", "router")
+# A module's colour is the first of these that its name or class has; else it is that of what holds it.
+_COLOURS = {"norm": 2, "attention": 0, "mlp": 1, "embed": 3, "head": 4, "expert": 5, "router": 6}
 _STYLE = """<style>
 .flames{position:relative}.flames>input{position:absolute;opacity:0}
 .flame{position:relative;overflow:hidden;margin:6px 0 0}
@@ -39,7 +40,8 @@ box-shadow:inset 0 0 0 1px var(--card);color:var(--ink)}
 .flame a:hover{background:color-mix(in srgb,var(--c) 48%,var(--card))}
 .flame a.thin{padding:0}
 .view{display:none}
-td.in{padding-left:calc(16px + 14px*var(--d))} td.in,td.in+td{white-space:nowrap}
+.tree th,.tree td{padding:6px 9px;font-size:13.5px;white-space:nowrap;overflow-wrap:normal}
+.tree td.in{padding-left:calc(12px + 14px*var(--d))}
 .flames h3{margin-top:16px}
 SWITCH</style>"""
 _SCRIPT = """<script>
@@ -64,15 +66,18 @@ def report(profile: Profile, depth: int | None = None, each: bool = False, count
     p, seconds = profile, profile.step_seconds
     out = [
         f"{p.name}: {human(p.root.parameters)} parameters, {p.precision} on {p.device}; {p.data}: "
-        f"{p.sequences} sequences, {human(p.tokens)} tokens in {p.micro_batches} micro-batches",
+        f"{p.sequences} sequences, {human(p.tokens)} tokens in {_micro_batches(p)}",
         f"step        {1e3 * seconds:.1f} ms, {human(p.tokens / seconds)} tokens/s, "
         f"{human(p.root.measure('flops') / seconds, ' ')}FLOP/s; with clocks in it {1e3 * p.clocked_seconds:.1f} ms",
         "phases      " + "  ".join(f"{name} {1e3 * value:.1f} ms" for name, value in p.phases.items()),
         f"FLOPs       forward {human(p.root.flops['forward'])} ({human(p.root.flops['forward'] / 2)} MACs), "
         f"backward {human(p.root.flops['backward'])}"
         + (f", computed again {human(p.root.flops['recompute'])}" if p.root.flops["recompute"] else ""),
-        f"memory      {p.root.kept / 2**20:,.1f} MiB of activations kept by a micro-batch, "
-        f"peak {p.peak_bytes / 2**20:,.0f} MiB of the " + ("process" if p.device == "cpu" else "device's allocator"),
+        "memory      "
+        + "".join(f"{name} {_bytes(count)}, " for name, count in p.state_bytes.items() if count)
+        + f"activations kept by a micro-batch {_bytes(p.root.kept)}; peak of the "
+        + ("process " if p.device == "cpu" else "device's allocator ")
+        + _bytes(p.peak_bytes),
         *(f"            {note}" for note in p.notes),
         "",
         *lines(p.root if each else merged(p.root), depth),
@@ -101,7 +106,7 @@ def page(profile: Profile) -> str:
         _facts(p),
         "<h2>Where it goes</h2>",
         f'<div class="flames">{radios}<div class="switch">{labels}</div>{views}</div>',
-        '<h2>Modules</h2><div class="card scroll">',
+        '<h2>Modules</h2><div class="card scroll tree">',
         table(
             "".join(f"<th{' class=n' if i > 1 else ''}>{h}</th>" for i, h in enumerate(_COLUMNS)), list(_rows(together))
         ),
@@ -120,7 +125,7 @@ def _facts(p: Profile) -> str:
         (
             "step",
             f"{1e3 * seconds:,.1f} ms",
-            f"{human(p.tokens / seconds)} tokens/s in {p.micro_batches} micro-batches",
+            f"{human(p.tokens / seconds)} tokens/s in {_micro_batches(p)}",
         ),
         ("FLOPs", human(root.measure("flops")), f"{human(root.measure('flops') / seconds, ' ')}FLOP/s"),
         ("activations", _bytes(root.kept), f"kept by a micro-batch; peak {_bytes(p.peak_bytes)}"),
@@ -151,8 +156,8 @@ def _flame(root: Part, what: str, whole: float, show: Callable[[float], str]) ->
         value = part.measure(what)
         tip = f"{part.path or 'model'} ({part.kind}): {show(value)}, {100 * value / whole:.1f}%"
         style = f"left:{left:.4f}%;width:{width:.4f}%;top:{level * _ROW}px;--c:var(--c{colour})"
-        thin = ' class="thin"' if width < 1 else ""
-        label = text(f"{part.name} {100 * value / whole:.0f}%") if width >= 1 else ""
+        thin = ' class="thin"' if width < 2.5 else ""
+        label = text(f"{part.name} {100 * value / whole:.0f}%") if width >= 2.5 else ""
         out.append(f'<a{thin} data-at="{left:.4f} {width:.4f}" style="{style}" title="{text(tip)}">{label}</a>')
     return f'<div class="flame" style="height:{deepest * _ROW}px"><div>{"".join(out)}</div></div>'
 
@@ -166,8 +171,8 @@ def _cells(
     for inner in part.parts:
         share = inner.measure(what) / value * width if value else 0.0
         if share > 0.02:
-            kind = next((i for i, k in enumerate(_KINDS) if k in inner.name or k in inner.kind.lower()), None)
-            yield from _cells(inner, what, level + 1, left, colour if kind is None else kind, share)
+            own = next((c for k, c in _COLOURS.items() if k in inner.name or k in inner.kind.lower()), colour)
+            yield from _cells(inner, what, level + 1, left, own, share)
         left += share
 
 
@@ -202,8 +207,12 @@ def _shown(measure: str) -> Callable[[float], str]:
     return shown.get(measure, _ms)
 
 
+def _micro_batches(p: Profile) -> str:
+    return f"{p.micro_batches} micro-batch{'es' if p.micro_batches > 1 else ''}"
+
+
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.2f} ms"
+    return f"{1e3 * seconds:,.1f} ms" if seconds >= 0.01 else f"{1e3 * seconds:.2f} ms"
 
 
 def _bytes(count: float) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -69,7 +69,7 @@ class ModuleWatch:
             self._opened.callback(module.register_forward_hook(partial(self._returned, name), always_call=True).remove)
         plain: Callable[..., Any] = engine.loss_sums
         self._opened.callback(setattr, engine, "loss_sums", plain)
-        engine.loss_sums = partial(self._loss, plain)
+        engine.loss_sums = self._watched(plain)
         if self._clock is None:
             self._opened.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
             self._opened.enter_context(_Counter(self._count))
@@ -134,14 +134,18 @@ class ModuleWatch:
             self._claim(out, name)
         self._close()
 
-    def _loss(self, plain: Callable[..., Any], hidden: Tensor, *args: Any, **more: Any) -> Any:
-        self._claim(hidden, "")
-        self.calls[HEAD] = self.calls.get(HEAD, 0) + 1
-        self._open(HEAD, "forward")
-        out = plain(hidden, *args, **more)
-        self._claim(out, HEAD)
-        self._close()
-        return out
+    def _watched(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(loss)  # so that an engine that asks which loss it has is not misled
+        def watched(hidden: Tensor, *args: Any, **more: Any) -> Any:
+            self._claim(hidden, "")
+            self.calls[HEAD] = self.calls.get(HEAD, 0) + 1
+            self._open(HEAD, "forward")
+            out = loss(hidden, *args, **more)
+            self._claim(out, HEAD)
+            self._close()
+            return out
+
+        return watched
 
     def _claim(self, values: Any, name: str) -> None:
         """Mark as a module's the nodes that lead to these tensors, as far as no other has claimed them."""
