@@ -8,10 +8,10 @@ from torch import nn
 
 from castalia.config.load import from_yaml
 from castalia.model.size import model_size, parameter_shapes
-from castalia.tools.profile import profile, read_profile
+from castalia.tools.profile import profile
 from castalia.tools.profile_page import page, report
 from castalia.train.profile_modules import ModuleWatch, operation_flops
-from castalia.train.profile_tree import lines, merged, tree
+from castalia.train.profile_tree import lines, merged, read_profile, tree
 
 TEXT = (
     "model: {{num_layers: 3, hidden_size: 32, num_attention_heads: 4, vocab_size: 64, rotary_fraction: 0.5{}}}\n"

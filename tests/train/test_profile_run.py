@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from castalia.cli import main
 from castalia.config import Config
 from castalia.errors import UserError
 from castalia.parallel.testing import run_in_processes
@@ -33,6 +34,7 @@ def test_looking_changes_nothing_and_leaves_whole_files(tiny_values, tmp_path, c
         "steps-3-4-rank-0.memory.json",
         "steps-3-4-rank-0.pt.trace.json",
     ]
+    said = capsys.readouterr().err
     trace = json.loads((run.directory / "profile/steps-3-4-rank-0.pt.trace.json").read_text())
     ranges = [e["name"] for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]
     assert ranges.count("step 3") == ranges.count("step 4") == 1 and not any("step 5" in name for name in ranges)
@@ -41,9 +43,14 @@ def test_looking_changes_nothing_and_leaves_whole_files(tiny_values, tmp_path, c
     assert memory["peak_bytes"] == max(held for _, held in memory["points"]) > 4 * 32 * 4 * 128
     assert {"step 3", "step 4", "forward"} <= {name for name, *_ in memory["ranges"]}
     modules = json.loads((run.directory / "profile/modules-step-6-rank-0.json").read_text())
-    assert modules["parameters"] == run.size.total_parameters and modules["seconds"]["backward"] > 0
-    assert modules["kept_bytes"] > 0 and modules["calls"] == 2  # micro-batches
-    said = capsys.readouterr().err
+    root = modules["root"]
+    assert root["parameters"] == run.size.total_parameters and root["seconds"]["backward"] > 0
+    assert root["kept_bytes"] > 0 and root["calls"] == modules["micro_batches"] == 2
+    assert modules["tokens"] == 8 * 32 and modules["step_seconds"] >= sum(root["seconds"].values())
+    written = run.directory / "profile/modules-step-6-rank-0.json"
+    assert main(["profile", str(written), "--depth", "2", "--html", str(tmp_path / "p.html")]) == 0
+    assert "the tokens of step 6: 8 sequences" in capsys.readouterr().out and (tmp_path / "p.html").is_file()
+    assert main(["profile", str(written), "--trace", str(tmp_path / "t")]) == 2
     assert "time (ms)  data" in said and "modules-step-6-rank-0.json" in said and "attention_norm" in said
 
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,49 +40,7 @@ from castalia.train.preflight import check_memory
 from castalia.train.profile_modules import ModuleWatch
 from castalia.train.profile_record import Recorder
 from castalia.train.profile_timers import Timers
-from castalia.train.profile_tree import Part, part_of, tree
-
-
-@dataclass
-class Profile:
-    """What was measured of one step.
-
-    Attributes:
-        name, device, precision, data: what was run, and over which tokens.
-        micro_batches, sequences, tokens: of the step.
-        root: the model.
-        phases: seconds of the step by phase.
-        step_seconds: of a step with no clocks inside; `clocked_seconds` of the one that was measured.
-        plan_flops: of the step, as `castalia plan` reckons them.
-        state_bytes: of weights, gradients, optimizer and 16-bit copies.
-        peak_bytes: that the process, or the device, has held.
-        notes: what else is to be said.
-    """
-
-    name: str
-    device: str
-    precision: str
-    data: str
-    micro_batches: int
-    sequences: int
-    tokens: int
-    root: Part
-    phases: dict[str, float]
-    step_seconds: float
-    clocked_seconds: float
-    plan_flops: int
-    state_bytes: dict[str, int]
-    peak_bytes: int
-    notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        return {"profile": 1} | vars(self) | {"root": self.root.as_dict()}
-
-
-def read_profile(values: dict[str, Any]) -> Profile:
-    """What `as_dict` has written."""
-    return Profile(**{k: v for k, v in values.items() if k != "profile"} | {"root": part_of(values["root"])})
+from castalia.train.profile_tree import Profile, state_of, tree
 
 
 def profile(config: Config, repeat: int = 3, trace: Path | None = None, memory: Path | None = None) -> Profile:
@@ -172,12 +128,7 @@ def _measured(
         plain,
         clocked,
         tokens * size.flops_per_token,
-        {
-            "weights": size.weight_bytes,
-            "gradients": size.gradient_bytes,
-            "optimizer": size.optimizer_bytes,
-            "16-bit copies": size.working_bytes,
-        },
+        state_of(size),
         peak,
         notes + _remarks(config, size, tokens, counted),
     )

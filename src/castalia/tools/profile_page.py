@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from castalia.tools.page import heading, render, table, text
-from castalia.tools.profile import Profile
 from castalia.train.console import human
-from castalia.train.profile_tree import Part, lines, merged, top
+from castalia.train.profile_tree import Part, Profile, lines, merged, top
 
 MEASURES = {
     "time": ("seconds", "time of the step"),
@@ -69,7 +68,7 @@ def report(profile: Profile, depth: int | None = None, each: bool = False, count
         f"{p.sequences} sequences, {human(p.tokens)} tokens in {_micro_batches(p)}",
         f"step        {1e3 * seconds:.1f} ms, {human(p.tokens / seconds)} tokens/s, "
         f"{human(p.root.measure('flops') / seconds, ' ')}FLOP/s; with clocks in it {1e3 * p.clocked_seconds:.1f} ms",
-        "phases      " + "  ".join(f"{name} {1e3 * value:.1f} ms" for name, value in p.phases.items()),
+        *(["phases      " + "  ".join(f"{n} {1e3 * s:.1f} ms" for n, s in p.phases.items())] if p.phases else []),
         f"FLOPs       forward {human(p.root.flops['forward'])} ({human(p.root.flops['forward'] / 2)} MACs), "
         f"backward {human(p.root.flops['backward'])}"
         + (f", computed again {human(p.root.flops['recompute'])}" if p.root.flops["recompute"] else ""),
@@ -110,9 +109,8 @@ def page(profile: Profile) -> str:
         table(
             "".join(f"<th{' class=n' if i > 1 else ''}>{h}</th>" for i, h in enumerate(_COLUMNS)), list(_rows(together))
         ),
-        "</div><h2>Phases of the step</h2><div class='card scroll'>",
-        table("", [_phase(name, value, sum(p.phases.values())) for name, value in p.phases.items()]),
         "</div>",
+        _phases(p.phases),
         "<footer>" + "<br>".join(text(note) for note in p.notes) + "</footer>",
         _SCRIPT,
     ]
@@ -197,9 +195,14 @@ def _rows(root: Part) -> Iterator[str]:
         yield first + "".join(f'<td class="n">{text(cell)}</td>' for cell in cells)
 
 
-def _phase(name: str, seconds: float, whole: float) -> str:
-    bar = f'<span class="bar own" style="width:{100 * seconds / (whole or 1):.1f}%"></span>'
-    return f'<th>{text(name)}</th><td class="n">{_ms(seconds)}</td><td class="wide">{bar}</td>'
+def _phases(phases: dict[str, float]) -> str:
+    if not phases:
+        return ""
+    whole, rows = sum(phases.values()) or 1.0, []
+    for name, seconds in phases.items():
+        bar = f'<span class="bar own" style="width:{100 * seconds / whole:.1f}%"></span>'
+        rows.append(f'<th>{text(name)}</th><td class="n">{_ms(seconds)}</td><td class="wide">{bar}</td>')
+    return f'<h2>Phases of the step</h2><div class="card scroll">{table("", rows)}</div>'
 
 
 def _shown(measure: str) -> Callable[[float], str]:

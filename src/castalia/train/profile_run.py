@@ -11,6 +11,7 @@ steps that they hold and the process: `steps-11-12-rank-0.pt.trace.json`, `steps
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING
 from castalia.config import Config
 from castalia.config.files import write_text
 from castalia.errors import UserError
-from castalia.parallel.world import World
+from castalia.parallel.world import World, peak_memory
 from castalia.train.profile_modules import ModuleWatch
 from castalia.train.profile_record import Recorder
 from castalia.train.profile_timers import Timers
-from castalia.train.profile_tree import lines, merged, tree
+from castalia.train.profile_tree import Part, Profile, lines, merged, state_of, tree
 
 if TYPE_CHECKING:
     from castalia.train.run import Run
@@ -50,6 +51,7 @@ class Profiling:
         self._last = 0
         self._watch: ModuleWatch | None = None
         self._timed: ModuleWatch | None = None
+        self._began = self._seconds = 0.0
         steps = config.training.steps or 0
         self._window = range(self._cfg.window.start, min(self._cfg.window.stop, steps + 1))
         _check(config, world)
@@ -70,6 +72,7 @@ class Profiling:
             clock = self.timers.clock if step == self._cfg.modules else None
             if clock is None and self._timed is None:  # the run was resumed between the two
                 return
+            self._began = time.perf_counter()
             self._watch = ModuleWatch(run.model, run.engine, clock)
             self._watch.__enter__()
 
@@ -86,18 +89,42 @@ class Profiling:
         assert watch is not None, "asked for where there is one"
         watch.__exit__()
         if self._timed is None:
-            self._timed = watch
+            self._timed, self._seconds = watch, time.perf_counter() - self._began
             return
         root = tree(run.model, self._timed, watch)
         self._timed = None
+        found = self._profile(run, root)
         stem = self._folder / f"modules-step-{self._cfg.modules}-rank-{self._world.rank}"
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_text(f"{stem}.json", json.dumps(root.as_dict()) + "\n")
+        write_text(f"{stem}.json", json.dumps(found.as_dict()) + "\n")
         text = lines(merged(root))
         write_text(f"{stem}.txt", "\n".join(text) + "\n")
         run.console.say(f"profile.modules: {stem}.json and .txt")
         for line in text:
             run.console.say(f"  {line}")
+
+    def _profile(self, run: Run, root: Part) -> Profile:
+        """What `castalia profile` would say of the step; its phases are in the run's record."""
+        config, step = run.config, self._cfg.modules or 0
+        spec, layout = run.loader.plan.at(step - 1), run.mesh.layout
+        sequences = spec.num_samples // layout.data
+        tokens = sequences * spec.seq_length // layout.context
+        return Profile(
+            config.name,
+            str(self._world.device),
+            config.training.precision,
+            f"the tokens of step {step}" + (f" on rank {self._world.rank}" if self._world.size > 1 else ""),
+            sequences // config.micro_batch_size,
+            sequences,
+            tokens,
+            root,
+            {},
+            self._seconds,
+            self._seconds,
+            tokens * run.size.flops_per_token,
+            state_of(run.size) if self._world.size == 1 else {},
+            peak_memory(self._world.device),
+        )
 
     def _write(self, run: Run | None) -> None:
         recorder, self._recorder = self._recorder, None

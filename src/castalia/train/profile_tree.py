@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from castalia.model.size import ModelSize
 from castalia.train.profile_modules import HEAD, PHASES, ModuleWatch
 
 Amounts = dict[str, float]
@@ -79,6 +80,58 @@ def part_of(values: dict[str, Any]) -> Part:
     """What `as_dict` has written."""
     more = {"kept": values["kept_bytes"], "parts": [part_of(part) for part in values["parts"]]}
     return Part(**{k: v for k, v in values.items() if k not in ("kept_bytes", "parts")} | more)
+
+
+@dataclass
+class Profile:
+    """What was measured of one step.
+
+    Attributes:
+        name, device, precision, data: what was run, and over which tokens.
+        micro_batches, sequences, tokens: of the step, on this process.
+        root: the model.
+        phases: seconds of the step by phase.
+        step_seconds: of a step with no clocks inside; `clocked_seconds` of the one that was measured.
+        plan_flops: of the step, as `castalia plan` reckons them.
+        state_bytes: of weights, gradients, optimizer and 16-bit copies.
+        peak_bytes: that the process, or the device, has held.
+        notes: what else is to be said.
+    """
+
+    name: str
+    device: str
+    precision: str
+    data: str
+    micro_batches: int
+    sequences: int
+    tokens: int
+    root: Part
+    phases: dict[str, float]
+    step_seconds: float
+    clocked_seconds: float
+    plan_flops: int
+    state_bytes: dict[str, int]
+    peak_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"profile": 1} | vars(self) | {"root": self.root.as_dict()}
+
+
+def read_profile(values: dict[str, Any]) -> Profile:
+    """What `as_dict` has written."""
+    return Profile(**{k: v for k, v in values.items() if k != "profile"} | {"root": part_of(values["root"])})
+
+
+def state_of(size: ModelSize) -> dict[str, int]:
+    """Bytes that are there whatever the batch."""
+    return {
+        "weights": size.weight_bytes,
+        "gradients": size.gradient_bytes,
+        "optimizer": size.optimizer_bytes,
+        "16-bit copies": size.working_bytes,
+    }
 
 
 def tree(model: nn.Module, timed: ModuleWatch, counted: ModuleWatch) -> Part:
