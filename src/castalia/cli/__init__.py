@@ -36,6 +36,7 @@ VERBS = {
     "import": "other people's weights -> a run: Hugging Face, Llama, GGUF, GPT-NeoX",
     "report": "runs -> one HTML page with curves",
     "plan": "parameters, FLOPs and bytes of a configuration",
+    "pipeline": "draw a pipeline's schedule: who computes what when, who waits, what is held",
     "profile": "time, FLOPs, memory and parameters of one step, module by module; traces",
     "config": "show, explain, check, compare and convert configurations",
     "doctor": "does this machine compute and communicate as it should?",
