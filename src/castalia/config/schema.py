@@ -25,6 +25,7 @@ from castalia.config.schema_optimizer import OptimizerConfig as OptimizerConfig
 from castalia.config.schema_optimizer import ScheduleConfig as ScheduleConfig
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.config.schema_profile import ProfileConfig as ProfileConfig
+from castalia.config.schema_sampling import SamplingConfig
 from castalia.config.section import FieldClass as FieldClass
 from castalia.config.section import Section, setting
 
@@ -506,6 +507,7 @@ class Config(Section):
     guard: GuardConfig = Field(default_factory=GuardConfig, description="what happens where it jumps")
     start: StartConfig = Field(default_factory=StartConfig, description="what the run begins from")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="validation")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="texts while training")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="saved state")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="what is written")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="where time and memory go")

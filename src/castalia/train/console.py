@@ -41,6 +41,11 @@ class Console:
             values = (f"{k.removeprefix('eval/')} {v:.4f}" for k, v in record.items() if k.startswith("eval/"))
             self.say(f"{step}  {'  '.join(values)}")
 
+        elif record["kind"] == "samples":
+            for sample in record["samples"]:
+                self.say(f"{step}  from {sample['prompt']!r}:")
+                self.say("".join(f"    {line}\n" for line in sample["text"].splitlines()).rstrip("\n"))
+
     def close(self, failed: bool = False) -> None:
         """Nothing to do."""
 

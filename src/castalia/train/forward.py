@@ -11,6 +11,7 @@ found before the first step. It goes through the engine's loss, so that every la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,16 +34,25 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 3e-2, "fp8": 0.2}
 
 def fixed_logits(run: Run) -> Tensor:
     """Logits of the fixed batch's first row, at POSITIONS positions or fewer: fp32 `[positions, V]`, on every rank."""
-    cfg, mesh, engine = run.config, run.mesh, cast(Any, run.engine)
-    length, vocabulary = cfg.data.seq_length, cfg.model.vocab_size or 0
+    length = run.config.data.seq_length
     chosen = torch.linspace(0, length - 1, min(POSITIONS, length)).long()
-    out = torch.full((len(chosen), vocabulary), -torch.inf, device=mesh.device)
+    return marked_logits(run, _batches(run, chosen), len(chosen)).cpu()
+
+
+def marked_logits(run: Run, micro_batches: Sequence[Batch], count: int) -> Tensor:
+    """Logits where labels are 0 .. count - 1, each at one place: fp32 `[count, V]` in that order, on every rank.
+
+    Args:
+        micro_batches: the same on every rank; as many as a step has, in a pipeline.
+    """
+    mesh, engine = run.mesh, cast(Any, run.engine)
+    out = torch.full((count, run.config.model.vocab_size or 0), -torch.inf, device=mesh.device)
     shard = getattr(engine, "vocabulary", None)
     first = 0 if shard is None else shard.first
 
     def note(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **_: Any) -> LossSums:
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        wanted = targets >= 0  # labels say which of the positions a token is
+        wanted = targets >= 0
         logits = (rows[wanted].to(weight.dtype) @ weight.T).float()
         out[targets[wanted], first : first + len(weight)] = logits if bias is None else logits + bias
         nothing = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -50,10 +60,10 @@ def fixed_logits(run: Run) -> Tensor:
 
     kept, engine.loss_sums = engine.loss_sums, note
     try:
-        engine.evaluate(_batches(run, chosen))
+        engine.evaluate(micro_batches)
     finally:
         engine.loss_sums = kept
-    return mesh.largest(out).cpu()
+    return mesh.largest(out)
 
 
 def encoded_logits(run: Run) -> bytes:

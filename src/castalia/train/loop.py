@@ -136,11 +136,15 @@ def _batches(run: Run) -> Generator[list[Batch], None, None]:
 
 
 def _evaluate_if_due(run: Run) -> None:
-    """Validate after this step if the configuration says so and no earlier sitting did."""
+    """Validate, and let the model write, after this step if that is due and no earlier sitting did."""
     cfg = run.config.evaluation
     wanted = due(run.step, cfg.interval) or (run.step == run.steps and cfg.at_end)
     if wanted and run.step > 0 and run.last.get("valid", {}).get("step") != run.step:
         run.evaluate("valid")
+    every = run.config.sampling.interval
+    wanted = every is not None and (due(run.step, every) or run.step == run.steps)
+    if wanted and run.step > 0 and run.last.get("samples", {}).get("step") != run.step:
+        run.sample()
 
 
 def due(step: int, interval: int | None) -> bool:

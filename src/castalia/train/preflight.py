@@ -35,6 +35,7 @@ from castalia.train.controller import check_controller
 from castalia.train.data import RunData, missing_splits, open_data, open_tokenizer, repeats, unread_sources
 from castalia.train.evaluation import check_tasks
 from castalia.train.noise import check_noise
+from castalia.train.samples import check_sampling
 from castalia.train.start import check_start
 
 _LAYERS_TRIED = 200
@@ -89,6 +90,7 @@ def prepare_run(config: Config) -> Prepared:
         derivation = [*derivation, line]
     check_model(full, layout_of(full.parallel, world.size))
     check_tasks(full, layout_of(full.parallel, world.size), tokenizer)
+    check_sampling(full, tokenizer)
     check_noise(full, layout_of(full.parallel, world.size))
     check_controller(full, layout_of(full.parallel, world.size))
     if full.training.precision == "fp8" and (problem := missing_float8(world.device)):

@@ -52,6 +52,7 @@ from castalia.train.output import copied_output
 from castalia.train.preflight import prepare_run
 from castalia.train.profile_run import Profiling
 from castalia.train.resume import resume
+from castalia.train.samples import write_samples
 from castalia.train.saving import Saving
 from castalia.train.sinks import make_sinks
 from castalia.train.start import Begun, begin
@@ -241,6 +242,10 @@ class Run:
         with self.profiling.timers("validation" if split == "valid" else split):
             return evaluate(self, split)
 
+    def sample(self) -> None:
+        """Let the model write as `sampling` says."""
+        self.last["samples"] = write_samples(self)
+
     @property
     def tested(self) -> bool:
         """Whether the test set was evaluated after the last step, in this sitting or an earlier one."""
@@ -342,7 +347,7 @@ class Run:
             file = MetricsFile(self.directory / "metrics.jsonl", keep_through=self.step)
         kept = self.mesh.from_first(file.kept)
         if self.resumed:
-            self.last = {r["kind"]: r for r in kept if r.get("kind") in ("train", "valid", "test")}
+            self.last = {r["kind"]: r for r in kept if r.get("kind") in ("train", "valid", "test", "samples")}
         sinks = [self.console, *make_sinks(self.config, self.directory, self.world, self.step)]
         self.metrics = Metrics(file, sinks, self.console.say)
         if begun is not None:

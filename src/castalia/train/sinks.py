@@ -119,6 +119,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, record["step"])
         if record["kind"] == "event":
             self._text(f"event/{record['event'].replace(' ', '_')}", record["text"], record["step"])
+        if record["kind"] == "samples":
+            for number, sample in enumerate(record["samples"]):
+                self._text(f"samples/{number}", sample["prompt"] + sample["text"], record["step"])
         if record["kind"] != "train":
             self._writer.flush()
 
@@ -141,7 +144,7 @@ class WeightsAndBiases:
             raise UserError(
                 "logging.wandb_project: the package wandb is not installed: pip install 'castalia[wandb]'"
             ) from None
-        cfg = config.logging
+        cfg, self._table = config.logging, wandb.Table
         mode: Any = cfg.wandb_mode or os.environ.get("WANDB_MODE")
         name = cfg.wandb_name or config.name
         try:
@@ -165,7 +168,10 @@ class WeightsAndBiases:
 
     def write(self, record: Record) -> None:
         """See MetricsSink."""
-        values = scalars(record)
+        values: dict[str, Any] = dict(scalars(record))
+        if record["kind"] == "samples":
+            rows = [[record["step"], sample["prompt"], sample["text"]] for sample in record["samples"]]
+            values["samples"] = self._table(columns=["step", "prompt", "text"], data=rows)
         if values:
             self._run.log(values, step=record["step"])
 

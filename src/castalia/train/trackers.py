@@ -7,8 +7,9 @@ databases.
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from castalia.errors import UserError
 from castalia.train.metrics import MetricsSink, Record
 
 Scalars = Callable[[Record], dict[str, float]]
+Samples = Sequence[Mapping[str, Any]]
 
 
 def make_trackers(config: Config, directory: Path, scalars: Scalars) -> list[MetricsSink]:
@@ -44,6 +46,8 @@ class _Tracker:
         values = self._scalars(record)
         if values:
             self._service.log(values, record["step"])
+        if record["kind"] == "samples":
+            self._service.log_samples(record["samples"], record["step"])
 
     def close(self, failed: bool = False) -> None:
         """See MetricsSink."""
@@ -90,6 +94,11 @@ class Comet:
         """Some numbers of a step."""
         self._run.log_metrics(dict(values), step=step)
 
+    def log_samples(self, samples: Samples, step: int) -> None:
+        """Texts that the model wrote."""
+        for sample in samples:
+            self._run.log_text(sample["prompt"] + sample["text"], step=step, metadata=dict(sample))
+
     def finish(self, failed: bool) -> None:
         """The run ends."""
         self._run.log_other("failed", failed)
@@ -109,7 +118,9 @@ class MLflow:
         try:
             self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(cfg.mlflow_experiment)
-            experiment = found.experiment_id if found else self._client.create_experiment(cfg.mlflow_experiment)
+            # Without a server, artifacts lie beside the database, not in whatever folder is the present one.
+            place = None if cfg.mlflow_uri else str(directory.resolve() / "mlflow")
+            experiment = found.experiment_id if found else self._client.create_experiment(cfg.mlflow_experiment, place)
             if file.exists():
                 self._id = file.read_text(encoding="utf-8").strip()
                 self._client.update_run(self._id, status="RUNNING")
@@ -129,6 +140,11 @@ class MLflow:
 
         now = get_current_time_millis()
         self._client.log_batch(self._id, metrics=[Metric(n, float(v), now, step) for n, v in values.items()])
+
+    def log_samples(self, samples: Samples, step: int) -> None:
+        """Texts that the model wrote, as an artifact."""
+        text = json.dumps(list(samples), ensure_ascii=False, indent=1)
+        self._client.log_text(self._id, text, f"samples/step-{step:08d}.json")
 
     def finish(self, failed: bool) -> None:
         """The run ends."""
@@ -158,6 +174,11 @@ class Trackio:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Some numbers of a step."""
         self._trackio.log(dict(values), step=step)
+
+    def log_samples(self, samples: Samples, step: int) -> None:
+        """Texts that the model wrote."""
+        texts = {f"samples/{n}": self._trackio.Markdown(s["prompt"] + s["text"]) for n, s in enumerate(samples)}
+        self._trackio.log(texts, step=step)
 
     def finish(self, failed: bool) -> None:
         """The run ends."""
