@@ -209,6 +209,22 @@ def test_wandb_that_refuses_is_one_sentence(tiny_values, monkeypatch):
         pass
 
 
+def test_wandb_is_told_of_team_group_and_host(tiny_values, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install 'castalia[wandb]'")
+    told = {}
+
+    def look(**kwargs):
+        told.update(kwargs)
+        raise wandb.errors.UsageError("that is all")
+
+    monkeypatch.setattr(wandb, "init", look)
+    given = {"wandb_entity": "team", "wandb_group": "springs", "wandb_host": "https://wandb.example", "wandb_name": "n"}
+    with pytest.raises(UserError, match="that is all"), Run(logging(tiny_values, wandb_project="p", **given)):
+        pass
+    assert (told["project"], told["entity"], told["group"], told["name"]) == ("p", "team", "springs", "n")
+    assert told["settings"].base_url == "https://wandb.example"
+
+
 def test_nothing_optional_is_imported_unasked(tiny_config):
     before = set(sys.modules)
     train(tiny_config, quiet=True)
