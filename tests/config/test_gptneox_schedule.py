@@ -161,3 +161,9 @@ def test_one_bit_adam_brings_its_schedule(translated):
 def test_what_cannot_be_followed_is_refused(translated, given, said):
     with pytest.raises(UserError, match=said):
         translated(**given)
+
+
+def test_bitsandbytes_norms_learned_positions(translated):
+    values = flat(translated(use_bnb_optimizer=True, pos_emb="learned"))
+    assert (values["optimizer.type"], values["model.stable_embedding"]) == ("adamw_8bit", "positions")
+    assert flat(translated(use_bnb_optimizer=True))["model.stable_embedding"] == "none"

@@ -257,6 +257,7 @@ FATES: dict[str, Fate] = {
     "activation": obstacle("softsign", "activation"),
     "position": obstacle("alibi", "position"),
     "position_offset": obstacle(3, "position", position="learned"),
+    "stable_embedding": obstacle("tokens", "stable_embedding"),
     "rotary_fraction": Fate(0.5, llama="rotary_fraction"),
     "rotary_base": Fate(500.0),
     "rotary_scaling": Fate("linear"),

@@ -57,6 +57,13 @@ def test_states_of_whole_matrices_go_from_layout_to_layout(config_of, kind, befo
     assert verdict.good, verdict
 
 
+@pytest.mark.parametrize("layout", ["zero3", "tp2pp2"])
+def test_stable_embeddings_train_in_a_layout_as_on_one_process(config_of, layout):
+    model = ("model.stable_embedding=both", "model.position=learned", "model.tie_embeddings=true")
+    (verdict,) = verify_layouts(config_of(*model), [layout])
+    assert verdict.good, verdict
+
+
 def test_averages_of_weights_go_from_layout_to_layout(config_of):
     verdict = verify_resume(config_of("optimizer.average=0.9"), "zero3pp2", "tp2")
     assert verdict.good, verdict

@@ -61,6 +61,17 @@ def _with_position(kind: str, key: str) -> Callable[[Given], Any]:
     return lambda given: given[key] if position(given) == kind else None
 
 
+def stable_embedding(given: Given) -> str | None:
+    """bitsandbytes' stable embedding holds learned positions there, and no tokens."""
+    if not given["use_bnb_optimizer"] or position(given) != "learned":
+        return None
+    given.remark(
+        "use_bnb_optimizer: the table of positions is drawn by xavier_uniform, and by init_method in GPT-NeoX; the "
+        "norm behind it takes out the difference in size"
+    )
+    return "positions"
+
+
 def activation(given: Given) -> str:
     """The activation; the fused bias-and-GELU kernel changes erf to the tanh approximation."""
     name = given.choose("activation", _ACTIVATIONS)
@@ -215,6 +226,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     Rule("model.intermediate_size", _WIDTH, intermediate_size),
     Rule("model.position", ("pos_emb",), position),
     Rule("model.position_offset", ("opt_pos_emb_offset",), _with_position("learned", "opt_pos_emb_offset")),
+    Rule("model.stable_embedding", ("use_bnb_optimizer",), stable_embedding),
     Rule("model.rpe_num_buckets", ("rpe_num_buckets",), _with_position("rpe", "rpe_num_buckets")),
     Rule("model.rpe_max_distance", ("rpe_max_distance",), _with_position("rpe", "rpe_max_distance")),
     Rule("model.residual", ("gpt_j_residual",), residual),

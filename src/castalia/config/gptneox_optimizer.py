@@ -90,8 +90,6 @@ def optimizer_type(given: Given) -> str:
         return kind.ours
     if kind is not _ADAM:
         given.fail("use_bnb_optimizer", f"goes with Adam alone, not with {kind.ours}: remove it")
-    if str(given["pos_emb"]).lower() == "learned":
-        given.unsupported("use_bnb_optimizer", "a norm after learned positions", "use another pos_emb")
     return "adamw_8bit"
 
 

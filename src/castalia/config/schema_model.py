@@ -68,6 +68,9 @@ class ModelConfig(MupSettings, AttentionSettings):
     position_offset: int = setting(
         0, "learned only: added to positions; the table keeps max_position_embeddings rows", ge=0
     )
+    stable_embedding: Literal["none", "tokens", "positions", "both"] = setting(
+        "none", "a layer norm behind the tables of tokens or learned positions, drawn by xavier_uniform, for 8-bit Adam"
+    )
     rotary_fraction: float = setting(1.0, "share of each head that is rotated", gt=0, le=1)
     rotary_base: float = setting(10000.0, "base of the rotary frequencies", gt=0)
     rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
@@ -166,6 +169,13 @@ class ModelConfig(MupSettings, AttentionSettings):
         return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
 
     @property
+    def normed_embeddings(self) -> tuple[str, ...]:
+        """Names of the tables with a norm behind them."""
+        tables = {"tokens": ("embedding",), "positions": ("position_embedding",)}
+        both = (*tables["tokens"], *tables["positions"])
+        return tables.get(self.stable_embedding, both if self.stable_embedding == "both" else ())
+
+    @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated (always even)."""
         return int(self.head_size * self.rotary_fraction)
@@ -226,6 +236,10 @@ class ModelConfig(MupSettings, AttentionSettings):
             raise ValueError(
                 f"model.position_offset {self.position_offset} is beyond the {rows} rows of "
                 "model.max_position_embeddings: raise that"
+            )
+        if self.stable_embedding in ("positions", "both") and self.position != "learned":
+            raise ValueError(
+                f"model.stable_embedding {self.stable_embedding} needs model.position learned: choose tokens or none"
             )
         if self.position == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"model.position sinusoidal needs an even model.hidden_size, not {self.hidden_size}")

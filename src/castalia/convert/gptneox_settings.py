@@ -85,6 +85,8 @@ def settings_of(model: ModelConfig, layout: Layout) -> dict[str, Any]:
         keys[_NORMS[keys["norm"]]] = model.norm_epsilon
     if model.position == "rotary":
         keys |= {"rotary_pct": model.rotary_fraction, "rotary_emb_base": model.rotary_base}
+    if model.stable_embedding == "positions":
+        keys["use_bnb_optimizer"] = True
     if model.position == "learned" and model.position_offset:
         keys["opt_pos_emb_offset"] = model.position_offset
     if model.position == "rpe":
@@ -140,6 +142,7 @@ def _function(model: ModelConfig) -> dict[str, Any]:
     }
     names = ["block", "norm", "activation", "position", "residual", "attention_bias", "mlp_bias", "tie_embeddings"]
     names += ["qk_norm", "tie_norms", "mup", "hidden_dropout", "attention_dropout", "norm_placement"]
+    names += ["stable_embedding"]
     if model.norm != "non_parametric_layernorm":
         names.append("norm_epsilon")
     if model.position == "rotary":

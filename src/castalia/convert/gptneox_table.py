@@ -91,6 +91,10 @@ def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
     for key, plain in _ONLY_PLAIN.items():
         if getattr(model, key) != plain:
             raise UserError(f"model.{key}: is {getattr(model, key)}, which GPT-NeoX's checkpoints cannot hold")
+    if model.stable_embedding not in ("none", "positions"):
+        raise UserError(
+            f"model.stable_embedding: is {model.stable_embedding}, but GPT-NeoX norms learned positions alone"
+        )
     if naming == "w123" and not model.gated:
         raise UserError(
             f"model.activation: '{model.activation}' is not gated, but the checkpoint's MLPs (w1, w2, w3) are"
@@ -99,6 +103,9 @@ def table(model: ModelConfig, naming: Naming = "main") -> list[NeoXRow]:
     rows = [NeoXRow(("embedding.weight",), ("0.word_embeddings.weight",), sharding="rows")]
     if model.position == "learned":
         rows.append(NeoXRow(("position_embedding.weight",), ("0.position_embeddings.weight",)))
+    if model.stable_embedding == "positions":
+        norm = "position_embedding_norm", "0.position_embeddings.norm"
+        rows += [NeoXRow((f"{norm[0]}.{part}",), (f"{norm[1]}.{part}",)) for part in ("weight", "bias")]
     if model.position == "rpe":
         rows.append(_shared_row("relative_bias.weight", [f"{i + 2}.attention.rpe.weight" for i in range(layers)]))
     for layer in range(layers):

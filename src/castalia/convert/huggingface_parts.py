@@ -43,6 +43,7 @@ ANY = _Any()
 PLAIN: dict[str, Any] = {
     "block": "transformer",
     "position": "rotary",
+    "stable_embedding": "none",
     "rotary_scaling": "none",
     "norm_placement": "pre",
     "qk_norm": False,

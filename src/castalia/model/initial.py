@@ -68,8 +68,9 @@ def initialise(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
 def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
     """Give one parameter its initial value: biases 0, norm gains 1, matrices by the configured method.
 
-    Three have their own whatever the method: the relative bias (xavier_normal), the soft prompt (uniform), and
-    the spatial weights of gmlp layers (0, their biases 1: at first the gate lets everything through).
+    Four have their own whatever the method: the relative bias (xavier_normal), tables with `model.stable_embedding`
+    (xavier_uniform), the soft prompt (uniform), and the spatial weights of gmlp layers (0, their biases 1: at first the
+    gate lets everything through).
     """
     if name.endswith("gate.spatial.weight"):
         out.zero_()
@@ -79,6 +80,8 @@ def initial_value(name: str, out: Tensor, cfg: ModelConfig, seed: int) -> None:
         out.zero_()
     elif out.ndim == 1:
         out.fill_(1.0)
+    elif name.removesuffix(".weight") in cfg.normed_embeddings:
+        _draw("xavier_uniform", name, out, cfg, seed)
     elif name == "relative_bias.weight":
         _draw("xavier_normal", name, out, cfg, seed)
     elif name == "soft_prompt.weight":

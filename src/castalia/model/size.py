@@ -70,6 +70,8 @@ def _ends(model: ModelConfig, vocab_size: int) -> Shapes:
         shapes["relative_bias.weight"] = (model.rpe_num_buckets, model.num_attention_heads)
     if model.soft_prompt_tokens:
         shapes["soft_prompt.weight"] = (model.soft_prompt_tokens, h)
+    for table in model.normed_embeddings:
+        shapes |= {f"{table}_norm.{part}": (h,) for part in NORM_PARAMETERS["layernorm"]}
     shapes |= _norm(model, "final_norm", h)
     if not model.tie_embeddings:
         shapes |= _linear("head", vocab_size, h, model.head_bias)

@@ -25,11 +25,13 @@ from castalia.model.initial import initialise
 from castalia.model.layers import MLP, Cache, Context
 from castalia.model.moe import MoE
 from castalia.model.mtp import AheadModule, shifted
-from castalia.model.norms import make_norm, wide
+from castalia.model.norms import LayerNorm, make_norm, wide
 from castalia.model.positions import rope_scaling, rotary_angles, sinusoids
 from castalia.model.recompute import LayerRunner, run_layer
 from castalia.model.registry import BLOCKS, look_up, register
 from castalia.model.soft_prompt import SoftPrompt, freeze_all_but_prompt
+
+_STABLE_EPSILON = 1e-5  # of Dettmers et al.'s layer norm, whatever model.norm_epsilon is
 
 
 @register(BLOCKS, "transformer")
@@ -106,6 +108,9 @@ class Transformer(nn.Module):
             self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
         elif cfg.position == "rpe":
             self.relative_bias = nn.Embedding(cfg.rpe_num_buckets, cfg.num_attention_heads)
+        norms = {name: LayerNorm(cfg.hidden_size, _STABLE_EPSILON) for name in cfg.normed_embeddings}
+        self.embedding_norm = norms.get("embedding")
+        self.position_embedding_norm = norms.get("position_embedding")
         if cfg.soft_prompt_tokens:
             self.soft_prompt = SoftPrompt(cfg.soft_prompt_tokens, cfg.hidden_size)
         block = look_up(BLOCKS, cfg.block, "model.block")
@@ -213,12 +218,16 @@ class Transformer(nn.Module):
             collected.ahead.append(cast(AheadModule, module).norm(x))
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
-        return _scaled(wide(self.embedding(tokens)), self.cfg.mup_embedding_mult)
+        x = wide(self.embedding(tokens))
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        return _scaled(x, self.cfg.mup_embedding_mult)
 
     def _embed(self, tokens: Tensor, positions: Tensor, key: DropoutKey | None) -> Tensor:
         x, factor = self._embed_tokens(tokens), self.cfg.mup_rp_embedding_mult
         if self.position_embedding is not None:
-            x = x + _scaled(wide(self.position_embedding(positions + self.cfg.position_offset)), factor)
+            y = wide(self.position_embedding(positions + self.cfg.position_offset))
+            y = y if self.position_embedding_norm is None else self.position_embedding_norm(y)
+            x = x + _scaled(y, factor)
         elif self.cfg.position == "sinusoidal":
             x = x + _scaled(sinusoids(positions, self.cfg.hidden_size), factor)
         return dropout(x, self.cfg.hidden_dropout, key, "embedding")

@@ -22,6 +22,8 @@ TENSOR_PLAN: dict[str, int | str | None] = {
     "embedding.weight": ROWS,
     "head.*": ROWS,
     "position_embedding.weight": WHOLE,
+    "embedding_norm.*": WHOLE,
+    "position_embedding_norm.*": WHOLE,
     "soft_prompt.weight": WHOLE,
     "relative_bias.weight": WHOLE_PARTIAL,
     "layers.*.attention_norm.*": WHOLE,

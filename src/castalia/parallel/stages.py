@@ -91,6 +91,8 @@ class Part(Transformer):
         empty = cast(Any, None)
         self.embedding = model.embedding if first or (last and tied) else empty
         self.position_embedding = model.position_embedding if first else None
+        self.embedding_norm = model.embedding_norm if first else None
+        self.position_embedding_norm = model.position_embedding_norm if first else None
         self.relative_bias, self.soft_prompt = model.relative_bias, None
         held = [i for stage in mine for i in stages[stage]]
         self.layers = cast(Any, nn.ModuleDict({str(i): model.layers[i] for i in held}))
@@ -156,6 +158,7 @@ class Stage(nn.Module):
         held = [part.layers[cast(Any, str(i))] for i in part.stages[number]]
         first, last = number == 0, number == len(part.stages) - 1
         ends: list[nn.Module | None] = [part.embedding, part.position_embedding] if first else []
+        ends += [part.embedding_norm, part.position_embedding_norm] if first else []
         ends += [part.final_norm, part.head or part.embedding] if last else []
         self.held = nn.ModuleList([*held, *(module for module in ends if module is not None)])
 

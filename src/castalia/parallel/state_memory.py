@@ -161,7 +161,7 @@ class StateRules:
             return (
                 everything
                 or top == "relative_bias"
-                or (top == "position_embedding" and first)
+                or (top in ("position_embedding", "embedding_norm", "position_embedding_norm") and first)
                 or (top in ("final_norm", "head") and last)
             )
 
