@@ -37,6 +37,7 @@ VERBS = {
     "report": "runs -> one HTML page with curves",
     "plan": "parameters, FLOPs and bytes of a configuration",
     "pipeline": "draw a pipeline's schedule: who computes what when, who waits, what is held",
+    "tune": "measure the most promising ways to run a configuration here; write the quickest",
     "profile": "time, FLOPs, memory and parameters of one step, module by module; traces",
     "config": "show, explain, check, compare and convert configurations",
     "doctor": "does this machine compute and communicate as it should?",
