@@ -115,6 +115,13 @@ def test_batch_size_does_not_change_the_text(make_model: MakeModel, tokenizer: A
     assert texts[0] != [g.tokens for g in generate(model, tokenizer, prompts, 10, seed=8)]
 
 
+def test_each_prompt_may_have_its_own_limit(make_model: MakeModel, tokenizer: Any) -> None:
+    model, prompts = make_model(), ["one", "x" * 45, "two"]
+    out = generate(model, tokenizer, prompts, [9, 3, 9], seed=7, stop_at_eod=False)
+    assert [len(g.tokens) for g in out] == [9, 3, 9]
+    assert out[2].tokens == generate(model, tokenizer, ["", "", "two"], 9, seed=7, stop_at_eod=False)[2].tokens
+
+
 def test_equal_prompts_have_different_continuations(make_model: MakeModel, tokenizer: Any) -> None:
     out = generate(make_model(), tokenizer, ["same"] * 4, 10)
     assert len({tuple(g.tokens) for g in out}) == 4
@@ -187,7 +194,7 @@ def test_a_character_of_several_tokens_appears_when_whole(tokenizer: Any) -> Non
     from castalia.generate.stopping import Stops
 
     stops = Stops(tokenizer, (), None)
-    sequence = _Sequence(0, [], torch.Generator())
+    sequence = _Sequence(0, [], 9, torch.Generator())
     shown = []
     for token in "aé€b".encode():
         sequence.tokens.append(token)

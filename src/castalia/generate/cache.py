@@ -79,9 +79,19 @@ class KVCache:
             raise ValueError(f"the cache holds {self.max_length} tokens, not {self.length + count}")
         self.length += count
 
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the old ones, in this order."""
+        self._stored = _rows_of(self._stored, rows)
+        if self.positions is not None and len(self.positions) > 1:
+            self.positions = self.positions[rows]
+
     def reset(self) -> None:
         """Forget everything; the memory is kept for the next batch."""
         self.length, self.positions = 0, None
+
+
+def _rows_of(stored: list[tuple[Tensor, Tensor] | None], rows: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+    return [None if s is None else (s[0].index_select(0, rows), s[1].index_select(0, rows)) for s in stored]
 
 
 class RowCache:
@@ -194,9 +204,7 @@ class RowCache:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the old ones, in this order (some may come twice, some not at all)."""
-        self._stored = [
-            None if s is None else (s[0].index_select(0, rows), s[1].index_select(0, rows)) for s in self._stored
-        ]
+        self._stored = _rows_of(self._stored, rows)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.length = max(self.lengths)
         self.even = min(self.lengths) == self.length

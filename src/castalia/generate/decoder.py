@@ -151,8 +151,8 @@ class Decoder:
         return self.logits(None if x is None else x[:, -1], len(tokens))
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone, int64 `[B']`."""
-        assert isinstance(self._cache, RowCache), "rows are chosen where they are kept apart"
+        """Go on with these rows of the old ones, int64 `[B']`, in this order; a row may come twice."""
+        assert self._cache is not None, "begin comes first"
         self._cache.select(rows)
 
     def _plain(self, tokens: Tensor) -> Tensor:

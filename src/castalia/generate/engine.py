@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Generation:
         logprobs: natural log-probability of each token under the model itself, before temperature
             and whatever else shapes the choice.
         logits: fp32 `[tokens, V]`, if they were asked for: what each token was chosen from.
+        score: of a beam search: what continuations of one prompt are ranked by.
     """
 
     prompt: str
@@ -52,6 +53,7 @@ class Generation:
     finish_reason: Literal["stop", "length"]
     logprobs: list[float]
     logits: Tensor | None = None
+    score: float | None = None
 
 
 class Steps(Protocol):
@@ -80,6 +82,7 @@ class _Sequence:
 
     index: int
     prompt: list[int]
+    limit: int
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -98,7 +101,7 @@ def generate(
     model: Transformer | Steps,
     tokenizer: Tokenizer,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
-    max_tokens: int = 64,
+    max_tokens: int | Sequence[int] = 64,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -120,7 +123,8 @@ def generate(
         tokenizer: the one it was trained with.
         prompts: texts or lists of ids; a single text counts as a list of one. An empty prompt starts
             from the end-of-text token, as every document of the training data did.
-        max_tokens: most tokens to generate for each.
+        max_tokens: most tokens to generate for each; or a number for every prompt, and then those share batches
+            that have the same.
         temperature, top_k, top_p, min_p, repetition_penalty: see `SamplingSettings`; temperature 0 is greedy.
         seed: prompt number i always draws the same numbers under the same seed.
         stop_at_eod: stop at the end-of-text token.
@@ -137,27 +141,39 @@ def generate(
             or is too long for the model together with max_tokens.
     """
     settings = SamplingSettings(temperature, top_k, top_p, min_p, repetition_penalty)
-    if max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens}; give at least 1")
+    given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+    limits = [max_tokens] * len(given) if isinstance(max_tokens, int) else list(max_tokens)
+    if min(limits, default=1) < 1:
+        raise UserError(f"max_tokens is {min(limits)}; give at least 1")
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; give at least 1")
     stops = Stops(tokenizer, stop, tokenizer.eod if stop_at_eod else None)
-    given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
     sequences = [
-        _Sequence(i, prompt_ids(p, i, model.cfg, tokenizer, max_tokens), make_generator(seed, i))
-        for i, p in enumerate(given)
+        _Sequence(i, prompt_ids(p, i, model.cfg, tokenizer, limit), limit, make_generator(seed, i))
+        for i, (p, limit) in enumerate(zip(given, limits, strict=True))
     ]
     own = isinstance(model, Transformer | Decoder)
     opened: AbstractContextManager[Steps] = ready(cast(Any, model)) if own else nullcontext(cast(Steps, model))
     with opened as decoder:
-        for batch in _batches(sequences, batch_size, decoder.uneven):
-            _run_batch(decoder, tokenizer, batch, max_tokens, settings, stops, on_token, keep_logits)
+        for limit in sorted(set(limits)):
+            some = [s for s in sequences if s.limit == limit]
+            for batch in share_batches(some, batch_size, decoder.uneven):
+                _run_batch(decoder, tokenizer, batch, limit, settings, stops, on_token, keep_logits)
     return [_result(s, p, tokenizer, stops) for s, p in zip(sequences, given, strict=True)]
 
 
-def _batches(sequences: Sequence[_Sequence], size: int, uneven: bool) -> Iterator[list[_Sequence]]:
+class HasPrompt(Protocol):
+    """What can share a batch."""
+
+    prompt: list[int]
+
+
+P = TypeVar("P", bound=HasPrompt)
+
+
+def share_batches(sequences: Sequence[P], size: int, uneven: bool) -> Iterator[list[P]]:
     """Prompts of like length together, so that little is padding; of the very same length unless `uneven`."""
-    batch: list[_Sequence] = []
+    batch: list[P] = []
     for sequence in sorted(sequences, key=lambda s: len(s.prompt)):
         if batch and (len(batch) == size or not (uneven or len(batch[0].prompt) == len(sequence.prompt))):
             yield batch
