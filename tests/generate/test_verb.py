@@ -54,6 +54,12 @@ def test_what_cannot_be_together_is_refused(run: str, capsys: pytest.CaptureFixt
         (["--logprobs", "x"], "--output"),
         (["parallel.zero=1"], "parallel.tensor"),
         (["--num-samples", "0"], "--num-samples 0"),
+        (["--interactive", "--json"], "--json is of no use"),
+        (["--procs", "2"], "parallel.tensor=2"),
+        (["--beams", "3", "--temperature", "1"], "--temperature is for sampling"),
+        (["--beams", "3", "--num-samples", "4"], "no more than that"),
+        (["--length-penalty", "2"], "with --beams alone"),
+        (["--logprobs", "x", "--output", "y", "--precision", "int8"], "whole models"),
     ):
         assert main(["generate", run, *flags]) == 2
         assert word in capsys.readouterr().err
@@ -99,3 +105,25 @@ def test_gptneox_returns_logits_when_asked(run: str, tmp_path: Path) -> None:
     for record in records:
         assert list(record) == ["context", "text", "length", "finished", "message", "duration_seconds", "logits"]
         assert len(record["logits"]) == record["length"] + record["finished"] and len(record["logits"][0]) == 384
+
+
+def test_beams_are_the_best_of_each_prompt(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--beams", "3", "--num-samples", "2", "--prompt", "one", "--prompt", "two more", "--max-tokens", "6"]
+    assert main(["generate", run, *flags, "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["prompt"] for r in records] == ["one", "one", "two more", "two more"]
+    assert records[0]["score"] > records[1]["score"]
+    assert records[0]["score"] == pytest.approx(sum(records[0]["logprobs"]) / len(records[0]["tokens"]))
+    assert main(["generate", run, *flags]) == 0
+    assert capsys.readouterr().out.count("two more") == 2
+
+
+def test_gptneox_prompts_share_batches_and_end_with_the_context(run: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n" + "x" * 45 + "\none\n")
+    settings = {"sample_input_file": str(tmp_path / "in.txt"), "maximum_tokens": 9, "temperature": 1.0}
+    (tmp_path / "a.yml").write_text(json.dumps(settings))
+    assert len(list(generate_as_gptneox(run, read_gptneox([str(tmp_path / "a.yml")], [])))) == 1
+    records = [json.loads(line) for line in (tmp_path / "in.txt.output.jsonl").read_text().splitlines()]
+    assert [r["context"] for r in records] == ["one", "x" * 45, "one"]
+    assert [r["length"] <= most for r, most in zip(records, (9, 3, 9), strict=True)] == [True] * 3
+    assert records[0]["text"] != records[2]["text"]

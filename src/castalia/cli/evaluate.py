@@ -293,8 +293,8 @@ def _data(args: argparse.Namespace, subject: Subject, team: Team | None) -> Meas
     from castalia.data.store import TokenStore
     from castalia.evaluate.perplexity import score_store
 
-    if team is not None or subject.decoder is not None:
-        raise UserError("--procs shares requests of --tasks, --text and --memorised; --data takes one process")
+    if subject.decoder is not None:
+        raise UserError("--data takes whole models: leave parallel.tensor and parallel.pipeline out")
     model, tokenizer = subject.model, subject.tokenizer
     store = TokenStore(args.data)
     made_with = (store.info or {}).get("tokenizer", {})
@@ -306,7 +306,7 @@ def _data(args: argparse.Namespace, subject: Subject, team: Team | None) -> Meas
     seq_length = load([config]).data.seq_length if config.is_file() else subject.max_length
     with bar("scoring", "tokens") as progress:
         score = score_store(
-            model, tokenizer, store, seq_length, args.stride, args.batch_size, args.max_tokens, progress
+            model, tokenizer, store, seq_length, args.stride, args.batch_size, args.max_tokens, progress, team
         )
     line = f"{score.loss:.4f} nats per token, perplexity {score.perplexity:.2f} ({score.tokens:,} tokens"
     if score.bits_per_byte is None:

@@ -23,6 +23,7 @@ import torch
 from castalia.data.store import TokenStore
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
+from castalia.evaluate.subject import Team
 from castalia.model.loss import IGNORED, loss_sums
 from castalia.model.transformer import Transformer
 
@@ -61,6 +62,7 @@ def score_store(
     batch_size: int = 8,
     max_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
 ) -> TextScore:
     """Score a whole data set, in its stored order.
 
@@ -73,6 +75,7 @@ def score_store(
         batch_size: windows per forward pass.
         max_tokens: score only the first so many.
         progress: called after each batch with the tokens scored so far, and with all that will be.
+        team: processes that share the batches, each with the whole model.
 
     Raises:
         UserError: the data is empty, holds ids that the tokenizer does not have, or the stride does not fit.
@@ -89,9 +92,10 @@ def score_store(
     model.eval()
     try:
         with torch.no_grad():
-            for inputs, labels in _windows(ids, seq_length, stride, batch_size):
-                hidden = model(inputs.to(device))
-                nll += loss_sums(hidden, model.head_weight, labels.to(device), bias=model.head_bias).nll.item()
+            for number, (inputs, labels) in enumerate(_windows(ids, seq_length, stride, batch_size)):
+                if team is None or number % team.size == team.rank:
+                    hidden = model(inputs.to(device))
+                    nll += loss_sums(hidden, model.head_weight, labels.to(device), bias=model.head_bias).nll.item()
                 scored = labels[labels != IGNORED]
                 tokens += scored.numel()
                 size += 0 if table is None else int(table[scored].sum())
@@ -99,6 +103,8 @@ def score_store(
                     progress(tokens, len(ids) - 1)
     finally:
         model.train(training)
+    if team is not None:
+        nll = float(team.total(torch.tensor([nll], dtype=torch.float64)))
     if tokens == 0 or (table is not None and size == 0):
         raise UserError("the data holds no text to score")
     loss = nll / tokens

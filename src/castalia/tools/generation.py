@@ -6,21 +6,30 @@
                   precompute        documents of the data sets       -> PATH_NAME.bin, .idx of log-probabilities
 
 A record is one JSON object on a line: context, text, length, finished, message, duration_seconds, and with
-return_logits the logits that each token was chosen from.
+return_logits the logits that each token was chosen from. Prompts share batches, so the duration is the mean.
+
+Under a launcher, the processes share the model as model_parallel_size and pipe_parallel_size say, or for precompute
+the documents; the first one writes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castalia.config.files import write_text
 from castalia.config.gptneox_given import Given
 from castalia.errors import UserError
+
+if TYPE_CHECKING:
+    from castalia.data.tokenizer import Tokenizer
+    from castalia.generate.decoder import Decoder
 
 DEFAULTS: dict[str, Any] = {
     "maximum_tokens": 64,
@@ -60,19 +69,22 @@ def generate_as_gptneox(folder: str, given: Given) -> Iterator[str]:
         else [""] * values["num_samples"]
     )
 
-    from castalia.generate.load import load_run
-
     step = given.values.get("iteration")
     if step is not None and not isinstance(step, int):
         given.fail("iteration", f"must be a whole number, got {step!r}")
-    model = load_run(folder, step=step)
-    if kind == "precompute":
-        yield from _precompute(model[0], given, Path(folder).name)
-        return
-    if kind == "interactive":
-        yield from _interactive(model, values)
-        return
-    records = [json.dumps(r, ensure_ascii=False) for r in _records(model, prompts, values)]
+    with ExitStack() as stack:
+        if kind == "precompute":
+            yield from _precompute(folder, step, given, stack)
+            return
+        decoder, tokenizer, first = _opened(folder, step, given, stack)
+        if kind == "interactive":
+            if not first or decoder.links is not None:
+                raise UserError("text_gen_type interactive asks one process: start it without a launcher")
+            yield from _interactive(decoder, tokenizer, values)
+            return
+        records = [json.dumps(r, ensure_ascii=False) for r in _records(decoder, tokenizer, prompts, values)]
+        if not first:
+            return
     target = given.values.get("sample_output_file")
     target = target or (f"{source}.output.jsonl" if kind == "input-file" else None)
     if target is None:
@@ -80,6 +92,23 @@ def generate_as_gptneox(folder: str, given: Given) -> Iterator[str]:
         return
     write_text(str(target), "".join(f"{record}\n" for record in records))
     yield f"{len(records)} continuations: {target}"
+
+
+def _opened(folder: str, step: int | None, given: Given, stack: ExitStack) -> tuple[Decoder, Tokenizer, bool]:
+    """The decoder, the tokenizer, and whether this process speaks; under a launcher, of the settings' layout."""
+    from castalia.config.schema_parallel import ParallelConfig
+    from castalia.parallel.world import launched
+    from castalia.tools.decoding import opened
+
+    layout = None
+    if launched():
+        sizes = {k: given.values.get(k) or 1 for k in ("model_parallel_size", "pipe_parallel_size")}
+        for key, value in sizes.items():
+            if not isinstance(value, int):
+                given.fail(key, f"must be a whole number, got {value!r}")
+        layout = ParallelConfig(tensor=sizes["model_parallel_size"], pipeline=sizes["pipe_parallel_size"])
+    decoder, tokenizer = stack.enter_context(opened(folder, step, "fp32", layout))
+    return decoder, tokenizer, os.environ.get("RANK", "0") == "0"
 
 
 def _number(given: Given, key: str, default: Any) -> Any:
@@ -106,41 +135,45 @@ def read_prompts(name: str, path: str, end: str) -> list[str]:
     return prompts
 
 
-def _records(model: tuple[Any, Any], prompts: list[str], values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _records(
+    decoder: Decoder, tokenizer: Tokenizer, prompts: list[str], values: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     from castalia.generate.engine import generate
 
     # Temperature 0 is greedy, but with top-k or top-p it samples at 1, as in GPT-NeoX.
     temperature = values["temperature"] or (1.0 if values["top_k"] or values["top_p"] else 0.0)
-    for number, prompt in enumerate(prompts):
-        began = time.perf_counter()
-        # As GPT-NeoX: up to the end of the context, however many tokens were asked for.
-        room = (model[0].cfg.max_position_embeddings or 0) - max(len(model[1].encode(prompt)), 1)
-        (result,) = generate(
-            *model,
-            prompt,
-            max_tokens=max(min(values["maximum_tokens"], room), 1),
-            temperature=float(temperature),
-            top_k=values["top_k"] or None,
-            top_p=values["top_p"] or None,
-            # A prompt's own numbers: the same prompt twice gives two samples.
-            seed=values["seed"] + number,
-            keep_logits=values["return_logits"],
-        )
+    # As GPT-NeoX: up to the end of the context, however many tokens were asked for.
+    longest = decoder.cfg.max_position_embeddings or 0
+    rooms = [longest - max(len(tokenizer.encode(prompt)), 1) for prompt in prompts]
+    began = time.perf_counter()
+    results = generate(
+        decoder,
+        tokenizer,
+        prompts,
+        [max(min(values["maximum_tokens"], room), 1) for room in rooms],
+        temperature=float(temperature),
+        top_k=values["top_k"] or None,
+        top_p=values["top_p"] or None,
+        seed=values["seed"],
+        keep_logits=values["return_logits"],
+    )
+    seconds = (time.perf_counter() - began) / len(prompts)
+    for result in results:
         finished = result.finish_reason == "stop"
         length = len(result.tokens) - finished
         logits = {} if result.logits is None else {"logits": result.logits.tolist()}
         yield {
-            "context": prompt,
+            "context": result.prompt,
             "text": result.text if length else None,
             "length": length,
             "finished": finished,
             "message": None if length else _NOT_STARTED,
-            "duration_seconds": time.perf_counter() - began,
+            "duration_seconds": seconds,
             **logits,
         }
 
 
-def _interactive(model: tuple[Any, Any], values: dict[str, Any]) -> Iterator[str]:
+def _interactive(decoder: Decoder, tokenizer: Tokenizer, values: dict[str, Any]) -> Iterator[str]:
     """Prompts from standard input, up to its end, or to a line that holds prompt_end."""
     end, number = values["prompt_end"], 0
     while True:
@@ -153,14 +186,17 @@ def _interactive(model: tuple[Any, Any], values: dict[str, Any]) -> Iterator[str
                 break
         if not lines:
             return
-        (record,) = _records(model, ["\n".join(lines)], values | {"seed": values["seed"] + number})
+        (record,) = _records(decoder, tokenizer, ["\n".join(lines)], values | {"seed": values["seed"] + number})
         number += 1
         yield f"Generated Text: {record['text'] or ''}"
 
 
-def _precompute(model: Any, given: Given, run_name: str) -> Iterator[str]:
+def _precompute(folder: str, step: int | None, given: Given, stack: ExitStack) -> Iterator[str]:
     """A data set of log-probabilities beside each that the settings name; what is there already stays."""
     from castalia.data.store import is_finished
+    from castalia.evaluate.team import Ranks
+    from castalia.generate.load import load_run
+    from castalia.parallel.world import enter_world, joined, launched
     from castalia.tools.logprobs import write_logprobs
 
     paths: list[str] = []
@@ -169,12 +205,25 @@ def _precompute(model: Any, given: Given, run_name: str) -> Iterator[str]:
         paths += [value] if isinstance(value, str) else list(value)
     if not paths:
         raise UserError("text_gen_type precompute needs train_data_paths, valid_data_paths or test_data_paths: add one")
-    name = given.values.get("precompute_model_name") or run_name
+    team = None
+    if launched():
+        world = enter_world("cpu")
+        stack.enter_context(joined(world))
+        team = Ranks.of(world)
+    model, _ = load_run(folder, step=step)
+    name = given.values.get("precompute_model_name") or Path(folder).name
     length = given.values.get("seq_length") or model.cfg.max_position_embeddings
-    for path in dict.fromkeys(paths):
-        target = f"{path}_{name}"
-        if is_finished(target):
-            yield f"{target} is there already"
-            continue
-        number = write_logprobs(model, path, target, int(length), padded=True)
-        yield f"log-probabilities of {number} documents: {target}"
+    targets = {path: f"{path}_{name}" for path in dict.fromkeys(paths)}
+    there = {target for target in targets.values() if is_finished(target)}
+    if team is not None:  # nobody begins to write before all have looked
+        import torch
+
+        team.total(torch.zeros(1))
+    for path, target in targets.items():
+        if target in there:
+            lines = f"{target} is there already"
+        else:
+            number = write_logprobs(model, path, target, int(length or 2048), padded=True, team=team)
+            lines = f"log-probabilities of {number} documents: {target}"
+        if team is None or team.rank == 0:
+            yield lines
