@@ -92,8 +92,8 @@ def train_loop(run: Run, callbacks: Sequence[Callback] = ()) -> None:
                 run.store.discard()
             run.step = spec.step + 1
             run.tokens += spec.num_samples * spec.seq_length
-            run.profiling.after(run, run.step)
             run.record_step(stats, lr, grad_norm, time.perf_counter() - started)
+            run.profiling.after(run, run.step)
             control_batch(run)
             run.beat()
 
