@@ -10,7 +10,9 @@ import torch
 
 from castalia.cli import main
 from castalia.config import Config
+from castalia.config.derive import derive
 from castalia.errors import UserError
+from castalia.model.size import model_size
 from castalia.parallel.testing import run_in_processes
 from castalia.train.loop import Stopped
 from castalia.train.metrics import read_metrics, recomputed
@@ -81,11 +83,17 @@ def test_every_record_has_its_phases(tiny_values):
     )
 
 
-def test_a_window_that_a_stop_cuts_short_is_written(tiny_values):
+def test_a_window_that_a_stop_cuts_short_is_written(tiny_values, capsys):
     values = tiny_values | {"training": tiny_values["training"] | {"exit_interval": 4}}
     with pytest.raises(Stopped), Run(run_of(values, start=3, stop=9), quiet=True) as run:
         run.train()
     assert [p.name for p in (run.directory / "profile").iterdir()] == ["steps-3-4-rank-0.pt.trace.json"]
+    with pytest.raises(Stopped):
+        train(run_of(values, start=3, stop=4, modules=2))
+    said = capsys.readouterr().err
+    assert (
+        "profile.start: the run goes on from step 4, so step 4 is not seen" in said and "profile.modules: the" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,10 +177,10 @@ def test_waiting_for_the_next_item_is_a_phase():
 
 
 def test_recomputing_adds_the_layers_forward_pass(tiny_values):
-    with Run(Config.model_validate(tiny_values | {"performance": {"recompute": "full"}}), quiet=True) as run:
-        size, model = run.size, run.config.model
-    heads = 6 * model.vocab_size * model.hidden_size
-    assert recomputed(run.config, size) == pytest.approx((1 - heads / size.flops_per_token) / 3)
+    config, _ = derive(Config.model_validate(tiny_values | {"performance": {"recompute": "full"}}), 384)
+    size = model_size(config)
+    heads = 6 * 384 * 32
+    assert recomputed(config, size) == pytest.approx((1 - heads / size.flops_per_token) / 3)
 
 
 def profiled(world, values):

@@ -49,6 +49,7 @@ class Profiling:
         self._recorder: Recorder | None = None
         self._first: int | None = None
         self._last = 0
+        self._asked = False
         self._watch: ModuleWatch | None = None
         self._timed: ModuleWatch | None = None
         self._began = self._seconds = 0.0
@@ -58,6 +59,11 @@ class Profiling:
 
     def before(self, run: Run, step: int) -> None:
         """A step, counted from 1, is about to be made."""
+        if not self._asked:
+            self._asked = True
+            for key, last in (("start", max(self._window, default=None)), ("modules", self._cfg.modules)):
+                if last is not None and last < step:
+                    run.console.say(f"profile.{key}: the run goes on from step {step - 1}, so step {last} is not seen")
         if not self._looks:
             return
         if self._recorder is None and (step in self._window or step + 1 in self._window):
