@@ -65,12 +65,12 @@ def f(x):
 
         castalia convert RUN
     """
-    raise UserError(f"{x}: raise model.heads, or run `castalia tune convert {x}`")
+    raise UserError(f"{x}: raise model.heads, or run `castalia brew convert {x}`")
 '''
     assert sorted(unknown_names(bad)) == [
         (3, "castalia convert"),
         (3, "data.eod_mask_loss"),
-        (7, "castalia tune"),
+        (7, "castalia brew"),
         (7, "model.heads"),
     ]
 
