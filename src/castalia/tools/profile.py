@@ -111,7 +111,8 @@ def _measured(
         step()
         recorder.start()
         recorder.step(1)
-        step()
+        with ModuleWatch(parts.model, parts.engine, timers.clock, ranges=True):
+            step()
         notes += [f"written: {path}" for path in recorder.finish(trace, memory)]
     sequences = sum(len(batch.tokens) for batch in batches)
     tokens = sequences * batches[0].tokens.shape[1]

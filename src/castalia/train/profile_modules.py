@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,13 +46,15 @@ class ModuleWatch:
         model: whose modules are told apart.
         engine: that calls it, and the loss.
         clock: of the device; None: FLOPs and bytes are counted instead of time.
+        ranges: also make each interval a range of the module's name in torch's trace.
     """
 
-    def __init__(self, model: nn.Module, engine: Engine, clock: Clock | None) -> None:
+    def __init__(self, model: nn.Module, engine: Engine, clock: Clock | None, ranges: bool = False) -> None:
         self._model, self._engine, self._clock = model, cast(Any, engine), clock
         self._names = {module: name for name, module in model.named_modules()}
         self._intervals: list[list[Any]] = []  # module, phase, start, end, number of the interval around it
         self._stack: list[int] = []
+        self._ranges: list[Any] | None = [] if ranges else None
         self._claimed: set[Any] = set()
         self._handles: list[Any] = []
         self.flops: Taken = {}
@@ -103,8 +106,13 @@ class ModuleWatch:
         start = None if self._clock is None else self._clock.now()
         self._intervals.append([name, phase, start, None, self._stack[-1] if self._stack else -1])
         self._stack.append(len(self._intervals) - 1)
+        if self._ranges is not None:
+            self._ranges.append(record_function(f"{name or 'model'} {phase}"))
+            self._ranges[-1].__enter__()
 
     def _close(self) -> None:
+        if self._ranges is not None:
+            self._ranges.pop().__exit__(None, None, None)
         self._intervals[self._stack.pop()][3] = None if self._clock is None else self._clock.now()
 
     def _now(self) -> tuple[str, str]:
