@@ -184,7 +184,7 @@ class Run:
             event = "signal" if isinstance(error, Stopped) else "end"
             self.metrics.write("event", self.step, event=event, text=f"{type(error).__name__}: {error}")
             raise
-        advice = self.noise.advice(self.config.training.batch_size)
+        advice = self.noise.advice(self.loader.plan.at(self.steps - 1).num_samples)
         if advice is not None:
             self.console.say(advice)
         self._record_timers(1)
