@@ -31,6 +31,7 @@ def config_of(model="", precision="fp32", performance=""):
         (", num_kv_heads: 2, activation: swiglu, norm: rmsnorm, tie_embeddings: true, qk_norm: head", "bf16", ""),
         (", moe_num_experts: 4, mtp_depth: 1, num_unique_layers: 1, residual: sequential", "fp32", ""),
         ("", "bf16", ", arena: false, recompute: full"),
+        ("}\noptimizer: {type: muon", "fp32", ""),  # whose own products are not the model's
     ],
 )
 def test_the_flops_are_the_plan_s(model, precision, performance):
@@ -153,7 +154,7 @@ def test_alike_layers_are_told_together():
     assert block.calls == 6 and [p.name for p in block.parts] == ["attention_norm", "attention", "mlp_norm", "mlp"]
     assert len(lines(together, depth=1)) == 1 + 1 + len(together.parts)
     text = "\n".join(report(found, depth=2, each=True, count=3))
-    assert "random tokens, as no data is named" in text and "castalia plan says" in text
+    assert "random tokens, as no data is named" in text and "castalia plan reckons" in text
     assert text.count("  Block  ") == 3 and "own work that takes longest" in text
     html = page(found)
     fetched = html.replace("http://www.w3.org/2000/svg", "").replace('href="data:,"', "")

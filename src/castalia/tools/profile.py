@@ -233,7 +233,7 @@ def _remarks(config: Config, size: ModelSize, tokens: int, counted: ModuleWatch)
     again = sum(n for (_, phase), n in counted.flops.items() if phase == "recompute")
     found = sum(counted.flops.values()) - again
     lines.append(
-        f"matrix products: {found / tokens:,.0f} FLOPs per token; castalia plan says {size.flops_per_token:,}, "
-        "which has 6 more for each bias and gain" + (f"; computed again: {again / tokens:,.0f}" if again else "")
+        f"matrix products: {found / tokens:,.0f} FLOPs per token; castalia plan reckons {size.flops_per_token:,}, "
+        "with 6 for each bias and gain" + (f"; computed again: {again / tokens:,.0f}" if again else "")
     )
     return lines

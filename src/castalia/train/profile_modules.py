@@ -183,6 +183,8 @@ class ModuleWatch:
     # Counts.
 
     def _count(self, flops: int) -> None:
+        if not self._stack and not _in_backward():
+            return  # an optimizer that multiplies matrices
         now = self._now()
         self.flops[now] = self.flops.get(now, 0) + flops
 
