@@ -14,6 +14,7 @@ from castalia.parallel.mesh import Mesh, local_mesh
 from castalia.parallel.plans import Place
 from castalia.parallel.store import SpreadStore
 from castalia.parallel.testing import run_in_processes
+from castalia.tools.replay import _begin as begin_replay
 from castalia.tools.verify import verify_layouts, verify_resume
 from castalia.train.resume import rank_states
 
@@ -161,7 +162,8 @@ def one_bit_in_numpy(ranks):
 
 
 def test_signs_over_gloo_train_as_the_paper_says_and_resume_bit_by_bit(tmp_path):
-    results = run_in_processes(2, one_bit_run, tmp_path)
+    folder = tmp_path / "checkpoints"
+    results = run_in_processes(2, one_bit_run, folder)
     norms, expected = one_bit_in_numpy(2)
     for mine, path, sent in results:
         for found, wanted in zip(path, expected, strict=True):
@@ -172,11 +174,13 @@ def test_signs_over_gloo_train_as_the_paper_says_and_resume_bit_by_bit(tmp_path)
         assert sent == 6 * 2 * 3 * (8 + 3)  # six updates, two exchanges, three rows, scales of fp64 and 20 bits each
     # Another number of ranks has no use for the errors, and begins at zero.
     alone = one_bit_store(local_mesh())
-    tensors, leave, said = rank_states(alone.tensors(), tmp_path / "step-00000006")
+    tensors, leave, said = rank_states(alone.tensors(), folder / "step-00000006")
     assert leave == {"optimizer.weight.worker_error", "optimizer.weight.server_error"} and "begin at zero" in said[0]
-    assert tensor_shapes(tmp_path / "step-00000006")["optimizer.weight.worker_error"] == (2, 6, 20)
-    load_checkpoint(tmp_path / "step-00000006", tensors, leave=leave)
+    assert tensor_shapes(folder / "step-00000006")["optimizer.weight.worker_error"] == (2, 6, 20)
+    load_checkpoint(folder / "step-00000006", tensors, leave=leave)
     np.testing.assert_allclose(alone.trained["weight"].detach().numpy(), expected[5]["weight"], rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match="from step 5 on updates need what several processes exchanged"):
+        begin_replay(tmp_path, 7, alone, ONE_BIT.freeze_step)
 
 
 def test_the_warm_up_of_one_bit_adam_is_that_of_one_process(config_of):

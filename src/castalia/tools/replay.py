@@ -29,6 +29,7 @@ from castalia.tools.autopsy import Finding, examine
 from castalia.tools.data_view import DataRun, open_data_run
 from castalia.train.assemble import assemble
 from castalia.train.metrics import read_metrics
+from castalia.train.resume import rank_states
 
 
 @dataclass
@@ -78,7 +79,7 @@ def replay(folder: Path, step: int, autopsy: bool = False) -> Replayed:
         raise UserError(f"--step {step}: the run has steps 1 to {data.plan.steps}")
     config = _alone(data.config)
     parts = assemble(config, local_mesh())
-    start = _begin(folder, step, parts.store)
+    start = _begin(folder, step, parts.store, config.optimizer.freeze_step)
     scaler = LossScaler(config.training) if config.training.precision == "fp16" else None
     updates = 0
     if start is not None:
@@ -143,7 +144,7 @@ def _alone(config: Config) -> Config:
     return check_values(values, "the run's config.yaml")
 
 
-def _begin(folder: Path, step: int, store: Any) -> Any:
+def _begin(folder: Path, step: int, store: Any, freeze_step: int) -> Any:
     """Load the newest whole checkpoint that lies before the step; None: there is none, and weights are initial."""
     steps = sorted((step_of(p.name) for p in (folder / "checkpoints").glob("step-*")), key=lambda s: s or 0)
     for at in reversed([s for s in steps if s is not None and s < step]):
@@ -152,7 +153,13 @@ def _begin(folder: Path, step: int, store: Any) -> Any:
         except UserError:
             continue
         assert found is not None
-        load_checkpoint(found.path, store.tensors())
+        tensors, leave, _ = rank_states(store.tensors(), found.path)
+        if leave and step > freeze_step:
+            raise UserError(
+                f"{folder}: from step {freeze_step + 1} on updates need what several processes exchanged "
+                "(onebit_adam), and replay is one: choose an earlier step"
+            )
+        load_checkpoint(found.path, tensors, leave=leave)
         store.refresh()
         store.set_updates(found.state["updates"])
         return found
