@@ -2,6 +2,7 @@
 
 import pytest
 
+from castalia.config import notes
 from castalia.config.fields import flat
 from castalia.errors import UserError
 
@@ -56,3 +57,23 @@ def test_what_is_refused(translated, given, text):
 def test_inputs_go_to_the_host_where_layers_are_recomputed(translated):
     assert flat(translated(checkpoint_activations=True, checkpoint_in_cpu=True))["performance.offload_activations"]
     assert not flat(translated(checkpoint_in_cpu=True))["performance.offload_activations"]
+
+
+TUNED = {"autotuning": {"enabled": True, "fast": False}, "train_micro_batch_size_per_gpu": "auto"}
+
+
+def test_what_autotuning_leaves_open_waits_for_tune(translated):
+    config = translated(**TUNED, train_batch_size=16, zero_optimization={"stage": [1, 2, 3]}, global_num_gpus=2)
+    assert (config.training.batch_size, config.training.micro_batch_size, config.parallel.zero) == (16, 1, 1)
+    said = "\n".join(notes(config))
+    assert "castalia tune searches" in said
+    assert "micro-batches of 1 until" in said
+    assert "tries those that may be quicker" in said
+    assert translated(**TUNED, train_batch_size=16, gradient_accumulation_steps=4).training.micro_batch_size == 4
+
+
+def test_a_batch_that_autotuning_leaves_open_is_refused(translated):
+    with pytest.raises(UserError, match="a search for the batch size, which changes what is learnt"):
+        translated(**TUNED)
+    with pytest.raises(UserError, match="must be a whole number"):  # nobody fills it in
+        translated(train_micro_batch_size_per_gpu="auto", autotuning={"enabled": False})

@@ -153,7 +153,7 @@ TWINS: dict[str, tuple[str, int, int]] = {
 REFUSED: dict[str, tuple[str, str, str]] = {
     "rwkv/170M.yml": ("", "attention_config", "layers of kind rwkv"),
     **{
-        f"autotuning_configs/{name}.json": ("", "autotuning", "DeepSpeed's autotuning")
+        f"autotuning_configs/{name}.json": ("", "train_micro_batch_size_per_gpu", "a search for the batch size")
         for name in ("small_tune", "tune", "tune_1-3B", "tune_6-7B")
     },
     **{

@@ -54,6 +54,12 @@ class Given:
                 return self.origins[key]
         return Origin(f"GPT-NeoX {self.compat}'s default")
 
+    @property
+    def tuned(self) -> bool:
+        """Whether the files are for DeepSpeed's autotuning, which fills in `auto`."""
+        block = self.values.get("autotuning")
+        return isinstance(block, dict) and bool(block.get("enabled", False))
+
     def remark(self, text: str) -> None:
         """Say something about the translation as a whole, once."""
         if text not in self.remarks:
@@ -98,8 +104,8 @@ class Given:
         """Check the kinds of the values of translated keys; YAML 1.1's words for booleans become booleans."""
         for key, value in self.values.items():
             kind = TRANSLATED[key].kind if key in TRANSLATED else "any"
-            if value is None or (value == "auto" and "autotuning" in self):
-                continue  # DeepSpeed's autotuning fills in "auto", which is refused as a whole
+            if value is None or (value == "auto" and self.tuned):
+                continue
             if isinstance(value, str) and value.lower() in _WORDS and kind != "text":
                 value = self.values[key] = _WORDS[value.lower()]
             if not _is(value, kind):

@@ -294,6 +294,7 @@ _REPORTED = {
         text_gen_type temperature top_p top_k return_logits maximum_tokens prompt_end sample_input_file
         sample_output_file num_samples recompute""",
     "castalia deepy eval.py names its file of results so": "eval_results_prefix",
+    "castalia tune searches with these files, for the quickest step, with flags of its own": "autotuning",
 }
 REPORTED: dict[str, str] = {key: why for why, keys in _REPORTED.items() for key in keys.split()}
 
@@ -309,8 +310,7 @@ REFUSED: dict[str, Refused] = {
     "amp": Refused("Apex AMP", block=True),
     "data_efficiency": Refused("DeepSpeed's data efficiency", block=True),
     "elasticity": Refused("DeepSpeed's elasticity", block=True),
-    "autotuning": Refused("DeepSpeed's autotuning", block=True),
-    "autotuning_run": Refused("DeepSpeed's autotuning"),
+    "autotuning_run": Refused("a search in place of training (castalia tune makes it, with the same files)"),
     "compression_training": Refused("DeepSpeed's compression", ({},)),
     "deepspeed_extra_args": Refused("passing settings on to DeepSpeed", passed_on=True),
     "train_epochs": Refused("a length in epochs instead of train_iters"),

@@ -50,6 +50,9 @@ def zero(given: Given) -> int | None:
     if block is None:
         return None
     stage = block.get("stage", 0)
+    if given.tuned and (stage == "auto" or (isinstance(stage, list) and stage)):
+        given.remark(f"zero_optimization: stage {stage}: the lowest; `castalia tune` tries those that may be quicker")
+        stage = 0 if stage == "auto" else min(stage, key=str)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         given.fail("zero_optimization", f"has stage {stage!r}: give 0, 1, 2 or 3")
     return int(stage)

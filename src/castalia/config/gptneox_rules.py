@@ -69,11 +69,16 @@ def batch(given: Given) -> tuple[int, int]:
     GPT-NeoX takes gradient_accumulation_steps as 1 where it is not given, and then stops over
     a batch that needs more; here it is derived.
     """
-    total, micro, steps = (
-        given.positive(key)
-        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    left_open = [key for key in keys if given.values.get(key) == "auto"]
+    if left_open and not isinstance(given.values.get("train_batch_size"), int):
+        why = "a search for the batch size, which changes what is learnt"
+        given.unsupported(left_open[0], why, "give train_batch_size; `castalia tune` then finds the micro-batch")
+    total, micro, steps = (None if key in left_open else given.positive(key) for key in keys)
     devices = data_parallel(given)
+    if left_open and micro is None and steps is None:
+        given.remark(f"{left_open[0]}: auto: micro-batches of 1 until `castalia tune` has found the quickest")
+        micro = 1
     if micro is None:
         if total is None:
             given.required("train_micro_batch_size_per_gpu")
