@@ -6,6 +6,9 @@
     round 1:  memory rate | A | B | C       every contender is a process that sleeps until its turn
     round 2:  memory rate | B | C | A       ratios are of one round; their median has a bootstrap interval
 
+Another environment serves as well: --venv FOLDER, with --contenders for what it has. All of it takes about five
+minutes on two cores.
+
 Reading the weights once per step is what decoding cannot do without: the share of that limit is the last
 column. It can pass 100 % where a CPU's last cache holds the weights and the measured rate is the memory's.
 """
@@ -33,7 +36,7 @@ Timing = tuple[float, float]
 """Seconds of the prefill (the first token included), and of all the tokens after it."""
 
 
-def castalia(batch: int, precision: str, int8: bool) -> Callable[[list[list[int]], int], Timing]:
+def castalia(precision: str, int8: bool) -> Callable[[list[list[int]], int], Timing]:
     """castalia.generate.engine's loop, greedy: begin, then one step a token, log-probabilities included."""
     import torch
     from contenders import SHAPES, Task, castalia_config
@@ -43,7 +46,7 @@ def castalia(batch: int, precision: str, int8: bool) -> Callable[[list[list[int]
     from castalia.generate.sampling import SamplingSettings, logprobs_of, sample
     from castalia.model.transformer import build_model
 
-    cfg = castalia_config(Task(SHAPES["pythia-70m"], batch, LENGTH, precision)).model
+    cfg = castalia_config(Task(SHAPES["pythia-70m"], 1, LENGTH, precision)).model
     model = build_model(cfg.model_copy(update={"max_position_embeddings": LENGTH}), seed=1).eval()
     cast_matrices(model, torch.bfloat16 if precision == "bf16" and not int8 else torch.float32)
     decoder, greedy = Decoder(model, int8), SamplingSettings(0.0)
@@ -65,7 +68,7 @@ def castalia(batch: int, precision: str, int8: bool) -> Callable[[list[list[int]
     return run
 
 
-def transformers(batch: int, precision: str) -> Callable[[list[list[int]], int], Timing]:
+def transformers(precision: str) -> Callable[[list[list[int]], int], Timing]:
     """GPTNeoXForCausalLM.generate, greedy; its prefill is a call for one token."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -104,7 +107,7 @@ def transformers(batch: int, precision: str) -> Callable[[list[list[int]], int],
     return run
 
 
-def litgpt(batch: int, precision: str) -> Callable[[list[list[int]], int], Timing]:
+def litgpt(precision: str) -> Callable[[list[list[int]], int], Timing]:
     """litgpt's GPT with its static cache, greedy, one token after the other as litgpt.generate.base has it."""
     import torch
     from litgpt.config import Config
@@ -127,7 +130,7 @@ def litgpt(batch: int, precision: str) -> Callable[[list[list[int]], int], Timin
         tokens, length = torch.tensor(prompts), len(prompts[0])
         with torch.inference_mode():
             model.max_seq_length = length + count
-            model.set_kv_cache(batch_size=batch, device=torch.device("cpu"), dtype=dtype)
+            model.set_kv_cache(batch_size=len(prompts), device=torch.device("cpu"), dtype=dtype)
             start = time.perf_counter()
             ids = model(tokens, torch.arange(length))[:, -1].argmax(-1, keepdim=True)
             ids.tolist()
@@ -154,8 +157,8 @@ def memory_rate() -> float:
     return best
 
 
-def serve(name: str, batch: int, precision: str, prompt: int, count: int) -> None:
-    """In a contender's process: a timing for each line of stdin."""
+def serve(name: str, precision: str, length: int) -> None:
+    """In a contender's process: a timing for each line of stdin, which gives the batch and the new tokens."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
@@ -163,20 +166,17 @@ def serve(name: str, batch: int, precision: str, prompt: int, count: int) -> Non
     from castalia.model.kernels import choose_fp32_matmul
 
     choose_fp32_matmul(torch.device("cpu"))
-    run: Any = None
-    if name != "machine":
-        makers: dict[str, Callable[[], Any]] = {
-            "castalia": lambda: castalia(batch, precision, False),
-            "castalia-int8": lambda: castalia(batch, precision, True),
-            "transformers": lambda: transformers(batch, precision),
-            "litgpt": lambda: litgpt(batch, precision),
-        }
-        run = makers[name]()
-        draw = torch.Generator().manual_seed(0)
-        prompts = torch.randint(VOCABULARY, (batch, prompt), generator=draw).tolist()
-        run(prompts, 4)
+    makers: dict[str, Callable[[], Any]] = {
+        "castalia": lambda: castalia(precision, False),
+        "castalia-int8": lambda: castalia(precision, True),
+        "transformers": lambda: transformers(precision),
+        "litgpt": lambda: litgpt(precision),
+    }
+    run: Any = None if name == "machine" else makers[name]()
     print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__}), file=answers, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        batch, count = json.loads(line)
+        prompts = torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0)).tolist()
         print(json.dumps(memory_rate() if run is None else run(prompts, count)), file=answers, flush=True)
 
 
@@ -190,10 +190,10 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.greeting = self._answer()
 
-    def ask(self) -> Any:
+    def ask(self, batch: int, count: int) -> Any:
         """Run once."""
         assert self.process.stdin is not None
-        print(file=self.process.stdin, flush=True)
+        print(json.dumps([batch, count]), file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> Any:
@@ -216,22 +216,16 @@ def weight_bytes(precision: str, name: str) -> int:
     return numbers * (1 if name.endswith("int8") else 2 if precision == "bf16" else 4)
 
 
-def measure(args: argparse.Namespace, batch: int, precision: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, workers: dict[str, Worker], batch: int, precision: str) -> dict[str, Any]:
     """One table."""
-    workers: dict[str, Worker] = {}
-    try:
-        for name in ("machine", *args.contenders):
-            say(f"starting {name}")
-            workers[name] = Worker(args.python, name, batch, precision, args.prompt, args.new_tokens)
-        rounds = []
-        for number in range(args.rounds):
-            shift = number % len(args.contenders)
-            names = args.contenders[shift:] + args.contenders[:shift]
-            rounds.append({"machine": workers["machine"].ask(), **{name: workers[name].ask() for name in names}})
-            say(f"round {number + 1} of {args.rounds}")
-    finally:
-        for worker in workers.values():
-            worker.close()
+    for name in args.contenders:
+        workers[name].ask(batch, 4)  # what is made at a first call is not counted
+    rounds = []
+    for number in range(args.rounds):
+        shift = number % len(args.contenders)
+        names = ["machine", *args.contenders[shift:], *args.contenders[:shift]]
+        rounds.append({name: workers[name].ask(batch, args.new_tokens) for name in names})
+        say(f"batch {batch}: round {number + 1} of {args.rounds}")
     return {"batch": batch, "precision": precision, **workers["machine"].greeting, "rounds": rounds}
 
 
@@ -264,8 +258,7 @@ def table(result: dict[str, Any], args: argparse.Namespace) -> str:
 def main() -> None:
     """Measure each batch size and precision, and print its table."""
     if sys.argv[1:2] == ["--serve"]:
-        name, batch, precision, prompt, count = sys.argv[2:]
-        serve(name, int(batch), precision, int(prompt), int(count))
+        serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (default: .venv-bench)")
@@ -282,11 +275,19 @@ def main() -> None:
         sys.exit(f"{args.venv}: no environment with the peers; make it with: python benchmarks/train.py --setup")
     results = []
     for precision in args.precision:
-        for batch in args.batches:
-            results.append(measure(args, batch, precision))
-            print(table(results[-1], args), end="\n\n", flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        workers: dict[str, Worker] = {}
+        try:
+            for name in ("machine", *args.contenders):
+                say(f"starting {name}")
+                workers[name] = Worker(args.python, name, precision, args.prompt)
+            for batch in args.batches:
+                results.append(measure(args, workers, batch, precision))
+                print(table(results[-1], args), end="\n\n", flush=True)
+                if args.json:
+                    args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        finally:
+            for worker in workers.values():
+                worker.close()
 
 
 if __name__ == "__main__":
