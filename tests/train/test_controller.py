@@ -17,6 +17,7 @@ from castalia.errors import UserError
 from castalia.parallel.layout import Layout
 from castalia.parallel.testing import run_in_processes
 from castalia.train.controller import check_controller, control_batch
+from castalia.train.guard import Guard
 from castalia.train.loop import Stopped
 from castalia.train.metrics import read_metrics
 from castalia.train.run import train
@@ -192,3 +193,30 @@ def test_a_first_batch_that_a_layout_cannot_share_is_refused():
     with pytest.raises(UserError, match="multiple of 8"):
         check_controller(run.config, Layout(replicate=4))
     check_controller(run.config, Layout(replicate=2))
+
+
+def test_a_rollback_across_a_decision_leaves_out_the_suspects_alone(values, tmp_path, monkeypatch):
+    """The batch grows among the suspects: what was decided stays, and they are counted by it."""
+    values |= {
+        "guard": {"spikes": "rollback", "lookback": 2},
+        "checkpoint": {"interval": 5, "keep_last": None},
+        "data": values["data"] | {"order": "permutation"},
+        "training": values["training"] | {"steps": 18},
+    }
+    whole = run_of(values, tmp_path / "whole")
+    grown, calls = whole.journal[0].from_step, []
+    spike = grown + 1
+
+    def judge(self, loss, grad_norm):
+        calls.append(loss)
+        return "it was told so" if len(calls) == spike + 1 else None
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    run = run_of(values, tmp_path / "guarded")
+    assert run.journal[:2] == (Resize(grown, 8), Skip(spike - 2, 3, "it was told so"))
+    read = [set(range(s.first_sample, s.first_sample + s.num_samples)) for s in map(run.loader.plan.at, range(18))]
+    together = set().union(*read)
+    assert sum(map(len, read)) == len(together)
+    suspects = [whole.loader.plan.at(step) for step in range(spike - 2, spike + 1)]
+    left_out = {s.first_sample + i for s in suspects for i in range(s.num_samples)}
+    assert left_out == set(range(max(together) + 1)) - together
