@@ -30,40 +30,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.config import Config, load
+from castalia.parallel.rehearsal import Counted
 from castalia.parallel.testing import run_in_processes
 from castalia.parallel.world import World
 
 LAYERS, HIDDEN, VOCABULARY, LENGTH, BATCH, MICRO_BATCH = 4, 128, 512, 128, 8, 2
-# Operation -> share of the bytes that travels, for n ranks.
-SHARES = {
-    "allreduce_": lambda n: 2 * (n - 1) / n,
-    "_allgather_base_": lambda n: (n - 1) / n,
-    "_reduce_scatter_base_": lambda n: (n - 1) / n,
-    "alltoall_base_": lambda n: (n - 1) / n,
-    "send": lambda n: 1.0,
-}
-
-
-class Counted(TorchDispatchMode):
-    """Adds up what the operations of torch.distributed send."""
-
-    def __init__(self, ranks: int) -> None:
-        super().__init__()
-        self.ranks, self.sent, self.operations = ranks, 0.0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            share = SHARES.get(func.__name__.split(".")[0])
-            if share is not None:
-                tensors = [
-                    t for a in args[:2] for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)
-                ]
-                self.sent += share(self.ranks) * max((t.numel() * t.element_size() for t in tensors), default=0)
-                self.operations += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count(world: World, config: Config) -> tuple[float, int]:
@@ -80,7 +53,7 @@ def count(world: World, config: Config) -> tuple[float, int]:
     plan, shard = RunPlan(BATCH, LENGTH, 2), Shard(mesh.data_rank, mesh.layout.data)
     loader = Loader(InventedText(LENGTH, VOCABULARY), plan, shard, MICRO_BATCH, 0)  # type: ignore[arg-type]
     for step in range(2):
-        with Counted(world.size) as counted:
+        with Counted() as counted:
             batches = loader.batch(plan.at(step))
             parts.engine.forward_backward(batches, parts.count(sum(b.num_tokens for b in batches)), step)
             parts.store.gradient_norm()
