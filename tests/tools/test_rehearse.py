@@ -27,7 +27,7 @@ VALUES = {
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
         {"zero": 2},
-        {"tensor": 2},
+        {"tensor": 2, "model.position": "alibi"},
         {"context": 2},
         {"pipeline": 2, "schedule": "interleaved", "model.num_layers": 4},
     ],

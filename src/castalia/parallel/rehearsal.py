@@ -202,7 +202,7 @@ def rehearsed(
         with ExitStack() as opened:
             opened.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # fake ones always do
-            opened.enter_context(FakeTensorMode())
+            opened.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # slopes of ALiBi come from NumPy
             opened.enter_context(here)
             # Not a dispatched operation, and how FSDP2 frees gathered weights.
             opened.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
