@@ -8,6 +8,7 @@ Colours tell the kinds apart; a deeper shade is a later one of a rank's stages.
 from __future__ import annotations
 
 import html
+import math
 from typing import Any
 
 from castalia.parallel.timeline import KINDS, Timeline
@@ -71,11 +72,10 @@ def _cells(line: Timeline, rank: int, unit: float, cell: int) -> str:
 
 
 def _shades(line: Timeline, rank: int) -> str:
-    out = ["."] * COLUMNS
+    out, scale = ["."] * COLUMNS, COLUMNS / line.span
     for block in line.blocks[rank]:
-        for column in range(COLUMNS):
-            if block.start <= (column + 0.5) / COLUMNS * line.span < block.end:
-                out[column] = block.kind
+        first, end = (math.ceil(time * scale - 0.5) for time in (block.start, block.end))
+        out[first:end] = block.kind * (end - first)
     return "".join(out)
 
 
