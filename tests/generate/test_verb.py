@@ -10,11 +10,15 @@ import pytest
 import torch
 from tests.generate.test_load import save
 
+from castalia.checkpoint import save_checkpoint
 from castalia.cli import main
+from castalia.config import Config
 from castalia.config.load import read_gptneox
 from castalia.data.store import StoreWriter, TokenStore
-from castalia.data.tokenizer import ByteTokenizer
+from castalia.data.tokenizer import ByteTokenizer, load_tokenizer
+from castalia.generate.engine import generate
 from castalia.model import Transformer
+from castalia.tools.export_gptneox import export_gptneox
 from castalia.tools.generation import generate_as_gptneox
 
 
@@ -127,3 +131,25 @@ def test_gptneox_prompts_share_batches_and_end_with_the_context(run: str, tmp_pa
     assert [r["context"] for r in records] == ["one", "x" * 45, "one"]
     assert [r["length"] <= most for r, most in zip(records, (9, 3, 9), strict=True)] == [True] * 3
     assert records[0]["text"] != records[2]["text"]
+
+
+def test_a_gptneox_checkpoint_is_read_as_it_is(
+    make_model: Callable[..., Transformer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, theirs = make_model(vocab_size=512), tmp_path / "theirs"
+    state = {"step": 5, "config": Config(name="tiny", model=model.cfg, data={"seq_length": 48}).model_dump(mode="json")}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    export_gptneox(save_checkpoint(tmp_path / "ours", 5, tensors, state), theirs, tensor=2)
+    (settings,) = theirs.glob("global_step5/configs/*.yml")
+    more = "checkpoint_factor: 10\ntrain_iters: 10\ntrain_micro_batch_size_per_gpu: 1\n"
+    settings.write_text(settings.read_text().replace("HFTokenizer", "CharLevelTokenizer") + more)
+    flags = ["--prompt", "abc", "--max-tokens", "6", "--temperature", "0", "--no-stop", "--json"]
+    assert main(["generate", str(theirs), *flags]) == 0
+    expected = generate(model, load_tokenizer("char"), "abc", 6, 0, stop_at_eod=False)[0].tokens
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+    (tmp_path / "text.txt").write_text("some text")
+    assert main(["evaluate", str(theirs), "--text", str(tmp_path / "text.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 1
+    assert main(["generate", str(theirs), "--step", "5", *flags]) == 2
+    assert main(["generate", str(theirs), *flags, "parallel.tensor=2"]) == 2
+    assert "castalia import" in capsys.readouterr().err

@@ -37,7 +37,7 @@ _ALIGN = "{:<34}{:>12}{:>12}{:>11}{:>14}{:>13}"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="run folder, one checkpoint, or a folder in Hugging Face format")
+    add("run", metavar="RUN", help="run folder, one checkpoint, Hugging Face folder, or GPT-NeoX checkpoint")
     add("settings", nargs="*", metavar="key=value", help="parallel.tensor, parallel.pipeline, with --procs")
     add(
         "--tasks",
@@ -188,6 +188,12 @@ def _open(args: argparse.Namespace, path: str, step: int | None, team: Team | No
         with opened(path, step, args.precision, parallel_of(args.settings)) as (decoder, tokenizer):
             return make_subject(path, decoder, tokenizer, found.step if found else step, args.add_bos)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    from castalia.tools.decoding import foreign, load_whole
+
+    if foreign(Path(path)):
+        from castalia.evaluate.subject import make_subject
+
+        return make_subject(path, *load_whole(path, step, dtype), add_bos=args.add_bos, team=team)
     return open_subject(path, step, dtype, args.add_bos, team)
 
 

@@ -15,7 +15,7 @@ from castalia.errors import UserError
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="run folder")
+    add("run", metavar="RUN", help="run folder, one checkpoint, or a GPT-NeoX checkpoint")
     add("settings", nargs="*", metavar="key=value", help="parallel.tensor, parallel.pipeline, with --procs")
     add("--prompt", action="append", help="text to continue; may be given several times (default: none)")
     add("--input", metavar="FILE", help="a file of prompts")
@@ -231,10 +231,10 @@ def _logprobs(args: argparse.Namespace) -> int:
     import torch
 
     from castalia.evaluate.team import Ranks
-    from castalia.generate.load import load_run
     from castalia.model.kernels import choose_fp32_matmul
     from castalia.parallel.launch import noted_failure
     from castalia.parallel.world import enter_world, joined, launched
+    from castalia.tools.decoding import load_whole
     from castalia.tools.logprobs import write_logprobs
 
     choose_fp32_matmul(torch.device("cpu"))
@@ -245,7 +245,7 @@ def _logprobs(args: argparse.Namespace) -> int:
             world = enter_world("cpu")
             stack.enter_context(joined(world))
             team = Ranks.of(world)
-        model, _ = load_run(args.run, step=args.step, dtype=dtype)
+        model, _ = load_whole(args.run, args.step, dtype)
         length = args.max_tokens or model.cfg.max_position_embeddings or 2048
         number = write_logprobs(model, args.logprobs, args.output, length, args.batch_size, team=team)
         if team is None or team.rank == 0:

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from castalia.checkpoint import Piece, load_weights
+from castalia.checkpoint.layout import MANIFEST
 from castalia.config.schema_parallel import ParallelConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import UserError
 from castalia.generate.decoder import Decoder
 from castalia.generate.load import cast_matrices, load_run, open_run, run_tokenizer
+from castalia.model import Transformer
 from castalia.model.kernels import choose_fp32_matmul
 from castalia.parallel.world import World, enter_world, joined
 
@@ -42,6 +44,31 @@ def parallel_of(overrides: Sequence[str]) -> ParallelConfig:
     return ParallelConfig(tensor=sizes["tensor"], pipeline=sizes["pipeline"])
 
 
+def load_whole(
+    run: str | Path, step: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Tokenizer]:
+    """As `load_run`, or of a GPT-NeoX checkpoint, of its newest step.
+
+    Raises:
+        UserError: it is neither, or says too little.
+    """
+    path = Path(run)
+    if not foreign(path):
+        return load_run(path, step, dtype)
+    if step is not None:
+        raise UserError(f"--step {step}: {path} is a GPT-NeoX checkpoint: name the step's own folder")
+    from castalia.tools.import_model import read_gptneox
+
+    return read_gptneox(path, dtype)
+
+
+def foreign(path: Path) -> bool:
+    """Whether a path is a GPT-NeoX checkpoint."""
+    from castalia.tools.import_model import is_gptneox
+
+    return not any((path / name).is_file() for name in ("config.yaml", MANIFEST)) and is_gptneox(path)
+
+
 @contextmanager
 def opened(
     run: str | Path,
@@ -53,7 +80,7 @@ def opened(
     """The decoder of a run, and its tokenizer; under a launcher, of this rank's part.
 
     Args:
-        run: its folder, or a checkpoint.
+        run: its folder, or a checkpoint; in one process also GPT-NeoX's.
         step: None: the newest.
         precision: of the matrices, one of PRECISIONS.
         parallel: the layout; None: one process.
@@ -66,9 +93,13 @@ def opened(
     dtype, int8 = torch.float32 if precision == "fp32" else torch.bfloat16, precision == "int8"
     if parallel is None or parallel.tensor * parallel.pipeline == 1:
         # Rounding to 8 bits begins at full precision.
-        model, tokenizer = load_run(run, step, torch.float32 if int8 else dtype)
+        model, tokenizer = load_whole(run, step, torch.float32 if int8 else dtype)
         yield Decoder(model, int8), tokenizer
         return
+    if foreign(Path(run)):
+        raise UserError(
+            f"{run} is a GPT-NeoX checkpoint: `castalia import` makes a run of it, which processes can share"
+        )
     world = world or enter_world("cpu")
     with joined(world):
         config, checkpoint = open_run(Path(run), step)

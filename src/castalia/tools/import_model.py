@@ -38,7 +38,7 @@ from castalia.convert.llama import LlamaFiles, llama_fields, llama_logits, llama
 from castalia.convert.table import check_names
 from castalia.data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
 from castalia.errors import UserError
-from castalia.generate.load import load_run
+from castalia.generate.load import cast_matrices, load_run
 from castalia.model import Transformer
 from castalia.tools.export import check_memory, compared, parity_tokens, write_json
 from castalia.tools.export_tokenizer import bpe_json
@@ -115,11 +115,7 @@ def import_model(
         raise UserError("the import is checked against transformers: pip install 'castalia[export]', or say --no-check")
     found = reader(output.name, tokenizer)
     model = found.config.model
-    if found.tokenizer.vocab_size > (model.vocab_size or 0):
-        raise UserError(
-            f"tokenizer: has {found.tokenizer.vocab_size} ids and the model {model.vocab_size}: name the right one "
-            "with --tokenizer"
-        )
+    _check_ids(found)
     if check and found.logits is not None:
         check_memory(found.numbers + sum(prod(t.shape) for t in found.tensors.values()))
     fresh = output.with_name(f".writing-{output.name}")
@@ -162,7 +158,7 @@ def _reader(
         reader = lambda name, tok: _huggingface(source, name, tok)  # noqa: E731
     elif (source / "params.json").is_file():
         llama, reader = True, lambda name, tok: _llama(source, name, tok, length)
-    elif source.suffix == ".pt" or (source.is_dir() and any(_is_gptneox(child.name) for child in source.iterdir())):
+    elif is_gptneox(source):
         neox, reader = True, lambda name, tok: _gptneox(source, name, tok, configs)
     else:
         if not source.exists():
@@ -178,8 +174,36 @@ def _reader(
     return reader, not (llama or neox)
 
 
-def _is_gptneox(name: str) -> bool:
-    return name.startswith(("global_step", "mp_rank_", "layer_"))
+def is_gptneox(source: Path) -> bool:
+    """Whether it is a GPT-NeoX checkpoint."""
+    begins = ("global_step", "mp_rank_", "layer_")
+    return source.suffix == ".pt" or (source.is_dir() and any(c.name.startswith(begins) for c in source.iterdir()))
+
+
+def read_gptneox(source: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of a GPT-NeoX checkpoint that keeps its settings, without making a run.
+
+    Raises:
+        UserError: it says too little, or has no counterpart here.
+    """
+    try:
+        found = _gptneox(source, source.name, None, ())
+    except UserError as error:
+        raise UserError(f"{error} (`castalia import` makes a run of it, with settings that you name)") from None
+    _check_ids(found)
+    with torch.device("meta"):
+        model = Transformer(found.config.model)
+    model.load_state_dict(dict(found.tensors), assign=True)
+    cast_matrices(model, dtype)
+    return model.eval(), found.tokenizer
+
+
+def _check_ids(found: _Source) -> None:
+    if found.tokenizer.vocab_size > (found.config.model.vocab_size or 0):
+        raise UserError(
+            f"tokenizer: has {found.tokenizer.vocab_size} ids and the model {found.config.model.vocab_size}: name the "
+            "right one to `castalia import`, with --tokenizer"
+        )
 
 
 def _config(name: str, fields: Mapping[str, Any], where: Path) -> Config:
