@@ -2,6 +2,8 @@
 
     python benchmarks/train.py --setup                        # once: makes .venv-bench
     python benchmarks/train.py [--tokens 4x512 1x2048] [--precision bf16 fp32] [--json results.json]
+    python benchmarks/train.py --quick --tokens 4x512 1x2048  # three contenders, 7 rounds of a step: below 6 minutes
+    python benchmarks/train.py --costs                        # what documents, dropout, masks, accumulation cost
 
     round 1:  matrix rate | A A A | B B B | C C C       every contender is a process that sleeps
     round 2:  matrix rate | B B B | C C C | A A A       until its turn comes (peers/contenders.py)
@@ -22,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,8 +41,11 @@ NAMES = (
     "litgpt",
     "litgpt-compiled",
 )
-SHAPES = ("pythia-70m", "pythia-160m", "tiny")
-VOCABULARY = {"tiny": 2048}
+QUICK = ("castalia", "transformers-compiled", "litgpt-compiled")
+COSTS = ("castalia", "castalia-documents", "castalia-dropout", "castalia-masked", "castalia-accumulated")
+SHAPES = ("pythia-70m", "pythia-14m", "pythia-160m", "llama-100m", "tiny")
+VOCABULARY = {"tiny": 2048, "llama-100m": 32000}
+DTYPES = ("float32", "bfloat16")
 RESAMPLES = 5000
 
 
@@ -52,7 +58,7 @@ class Worker:
     """One process of peers/contenders.py and its pipe."""
 
     def __init__(self, python: Path, name: str, shape: str, batch: int, length: int, precision: str) -> None:
-        self.name = name
+        self.name, started = name, time.perf_counter()
         path = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
         # Progress bars and telemetry of the peers' libraries have no place in a measurement.
         env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -62,6 +68,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
         )
         self.greeting = self._answer()
+        self.greeting["start_seconds"] = time.perf_counter() - started
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Send a command and wait for its answer."""
@@ -168,10 +175,18 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
             rounds[-1][name],
             [r[name]["foreign"] for r in rounds if r[name]["foreign"] is not None],
         )
-        utilisation = [flops * rate / r["machine"]["flops"] for rate, r in zip(rates[name], rounds, strict=True)]
+        share = {
+            dtype: statistics.median(
+                flops * rate / r["machine"]["flops"][dtype] for rate, r in zip(rates[name], rounds, strict=True)
+            )
+            for dtype in DTYPES
+        }
+        first = result["warm_up"][name]["seconds"][0]
         rows[name] = {
             "tokens_per_second": statistics.median(rates[name]),
-            "mfu": statistics.median(utilisation),
+            "model_flops": flops * statistics.median(rates[name]),
+            "mfu": share,
+            "first_step_seconds": result["contenders"][name]["start_seconds"] + first,
             "peak_memory": last["peak"],
             "foreign": statistics.median(foreign) if foreign else None,
             "first_loss": result["warm_up"][name]["losses"][0],
@@ -183,7 +198,8 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
                 if other in names and other != name
             },
         }
-    return {"matmul_flops": statistics.median(r["machine"]["flops"] for r in rounds), "rows": rows}
+    machine = {dtype: statistics.median(r["machine"]["flops"][dtype] for r in rounds) for dtype in DTYPES}
+    return {"matmul_flops": machine, "rows": rows}
 
 
 def table(result: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -193,9 +209,10 @@ def table(result: dict[str, Any], summary: dict[str, Any]) -> str:
     lines = [
         f"{result['shape']}, {result['batch']} x {result['length']} tokens, {result['precision']}; "
         f"{len(result['rounds'])} rounds; {facts['cpu']}, {threads} threads, torch {facts['torch']}",
-        f"matrix rate {summary['matmul_flops'] / 1e9:.0f} GFLOP/s, {result['flops_per_token'] / 1e6:.1f} MFLOP/token",
-        f"{'':22}{'tokens/s':>9}  {'castalia / it':>19}  {'compiled / it':>19}{'MFU':>6}{'peak MiB':>10}"
-        f"{'foreign':>9}{'loss':>15}",
+        f"products of matrices: fp32 {summary['matmul_flops']['float32'] / 1e9:.0f}, bf16 "
+        f"{summary['matmul_flops']['bfloat16'] / 1e9:.0f} GFLOP/s; {result['flops_per_token'] / 1e6:.1f} MFLOP/token",
+        f"{'':22}{'tokens/s':>9}  {'castalia / it':>19}  {'compiled / it':>19}{'GFLOP/s':>9}{'of fp32':>8}"
+        f"{'of bf16':>8}{'peak MiB':>10}{'first step':>11}{'foreign':>9}{'loss':>15}",
     ]
     for name, row in summary["rows"].items():
         cells = []
@@ -205,8 +222,9 @@ def table(result: dict[str, Any], summary: dict[str, Any]) -> str:
         peak = "?" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f}"
         foreign = "?" if row["foreign"] is None else f"{row['foreign']:.2f}"
         lines.append(
-            f"{name:22}{row['tokens_per_second']:9.0f}  {cells[0]:>19}  {cells[1]:>19}{100 * row['mfu']:5.0f}%"
-            f"{peak:>10}{foreign:>9}{row['first_loss']:8.2f} ->{row['last_loss']:5.2f}"
+            f"{name:22}{row['tokens_per_second']:9.0f}  {cells[0]:>19}  {cells[1]:>19}{row['model_flops'] / 1e9:9.0f}"
+            f"{100 * row['mfu']['float32']:7.0f}%{100 * row['mfu']['bfloat16']:7.0f}%{peak:>10}"
+            f"{row['first_step_seconds']:9.1f} s{foreign:>9}{row['first_loss']:8.2f} ->{row['last_loss']:5.2f}"
         )
     return "\n".join(lines)
 
@@ -230,20 +248,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", action="store_true", help="make the peers' environment and stop")
     parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment (default: .venv-bench)")
-    parser.add_argument(
-        "--contenders", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=", ".join(NAMES)
-    )
+    every = (*NAMES, *COSTS[1:])
+    parser.add_argument("--contenders", nargs="+", choices=every, metavar="NAME", help=", ".join(every))
+    parser.add_argument("--costs", action="store_true", help="castalia alone, bare and with what a run may add")
     parser.add_argument("--shape", choices=SHAPES, default="pythia-70m")
     parser.add_argument("--tokens", nargs="+", default=["4x512"], help="sequences x tokens of a step, such as 4x512")
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of a contender's turn (default: 3)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before the first round (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 2 steps: does it run, not how fast")
+    parser.add_argument("--quick", action="store_true", help="three contenders, 7 rounds of one step, 2 to warm up")
     parser.add_argument("--json", type=Path, help="also write every measurement to this file")
     args = parser.parse_args(arguments)
+    names = COSTS if args.costs else QUICK if args.quick else NAMES
+    args.contenders = args.contenders or list(names)
     if args.quick:
-        args.rounds, args.steps = 3, 2
+        args.rounds, args.steps, args.warm_up = 7, 1, 2
     for tokens in args.tokens:
         if not all(part.isdigit() and int(part) > 0 for part in tokens.split("x")) or tokens.count("x") != 1:
             parser.error(f"--tokens {tokens}: write it as sequences x tokens, for example 4x512")

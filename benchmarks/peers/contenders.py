@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,18 +32,25 @@ BETAS, WEIGHT_DECAY, CLIP, LR, INIT_STD = (0.9, 0.95), 0.1, 1.0, 5e-4, 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """Pythia's architecture (Biderman et al. 2023): parallel residual, a quarter of each head rotated, untied."""
+    """Pythia's architecture (Biderman et al. 2023): parallel residual, a quarter of each head rotated, untied.
+
+    With `kv_heads` it is Llama's: grouped queries, a gated MLP of `inner` columns, RMS norms, no biases.
+    """
 
     layers: int
     hidden: int
     heads: int
     vocab: int = 50304
+    kv_heads: int | None = None
+    inner: int | None = None
 
 
 SHAPES = {
     "tiny": Shape(2, 64, 4, 2048),
+    "pythia-14m": Shape(6, 128, 4),
     "pythia-70m": Shape(6, 512, 8),
     "pythia-160m": Shape(12, 768, 12),
+    "llama-100m": Shape(12, 640, 10, 32000, 2, 1792),
 }
 
 
@@ -56,17 +64,23 @@ class Task:
     precision: str
 
 
-def castalia_config(task: Task) -> Any:
-    """The task as Castalia's configuration."""
+def castalia_config(task: Task, **model: Any) -> Any:
+    """The task as Castalia's configuration; `model` are further settings of that section."""
     from castalia.config import Config
 
     shape = task.shape
+    if shape.kv_heads:
+        model |= {
+            "num_kv_heads": shape.kv_heads, "intermediate_size": shape.inner, "activation": "swiglu",
+            "norm": "rmsnorm", "residual": "sequential", "rotary_fraction": 1.0, "attention_bias": False,
+            "mlp_bias": False,
+        }  # fmt: skip
     return Config.model_validate(
         {
             "model": {
                 "num_layers": shape.layers, "hidden_size": shape.hidden, "num_attention_heads": shape.heads,
                 "vocab_size": shape.vocab, "rotary_fraction": 0.25, "residual": "parallel",
-                "init_method": "normal", "output_init_method": "normal", "init_std": INIT_STD,
+                "init_method": "normal", "output_init_method": "normal", "init_std": INIT_STD, **model,
             },
             "data": {"seq_length": task.length},
             "training": {"steps": 1, "batch_size": task.batch, "precision": task.precision},
@@ -75,8 +89,18 @@ def castalia_config(task: Task) -> Any:
     )  # fmt: skip
 
 
-def castalia(task: Task, compiled: bool) -> Step:
-    """The step of castalia.train.loop, without its records."""
+COSTS = ("documents", "dropout", "masked", "accumulated")
+"""What Castalia's own step may do besides, each a contender `castalia-...`."""
+MICRO_BATCHES = 4
+
+
+def castalia(task: Task, compiled: bool = False, besides: str | None = None) -> Step:
+    """The step of castalia.train.loop, without its records.
+
+    Args:
+        besides: one of COSTS: documents of 2 to 512 tokens that do not see each other; dropout 0.1 of branches and
+            probabilities; no loss on a third of the labels; or MICRO_BATCHES micro-batches in each step.
+    """
     from castalia.data.loader import Batch
     from castalia.model.kernels import choose_matmul, use_matmul
     from castalia.model.transformer import build_model
@@ -84,16 +108,26 @@ def castalia(task: Task, compiled: bool) -> Step:
     from castalia.optim.weights import working_dtype
     from castalia.train.engine import LocalEngine
 
-    config = castalia_config(task)
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1} if besides == "dropout" else {}
+    config = castalia_config(task, **dropout)
     model = build_model(config.model, seed=1)
     use_matmul(model, choose_matmul(torch.device("cpu"), working_dtype(task.precision)))
     store = make_store(model, config.optimizer, task.precision, arena=True)
     engine = LocalEngine(model, store, config.loss, compiled=compiled)
 
     def step(tokens: Tensor, labels: Tensor) -> float:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        batch = Batch(tokens, labels, positions)
-        stats = engine.forward_backward([batch], batch.num_tokens)
+        positions, doc_ids = torch.arange(tokens.shape[1]).expand_as(tokens), None
+        if besides == "masked":
+            labels = labels.masked_fill(torch.arange(labels.shape[1]) % 3 == 0, -100)
+        elif besides == "documents":
+            generator = torch.Generator().manual_seed(1)
+            ends = torch.rand(tokens.shape, generator=generator) < 1 / 128  # documents of 128 tokens in the mean
+            doc_ids = ends.cumsum(1).to(torch.int32)
+            starts = (torch.arange(tokens.shape[1]) * ends).cummax(1).values
+            positions = positions - starts
+        batch = Batch(tokens, labels, positions, doc_ids=doc_ids, sample_ids=torch.arange(len(tokens)))
+        batches = [batch] * (MICRO_BATCHES if besides == "accumulated" else 1)
+        stats = engine.forward_backward(batches, sum(b.num_tokens for b in batches))
         norm = store.gradient_norm()
         clipped = norm.item() > CLIP
         store.step(LR, divisor=(norm + 1e-6) / CLIP if clipped else None)
@@ -125,10 +159,23 @@ def _peer_step(task: Task, model: torch.nn.Module, loss: Callable[[Tensor, Tenso
 
 
 def transformers(task: Task, compiled: bool) -> Step:
-    """transformers' GPTNeoXForCausalLM, which computes its own loss (and shifts the labels itself)."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    """transformers' GPTNeoXForCausalLM (or Llama's), which computes its own loss (and shifts the labels itself)."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
     shape = task.shape
+    llama = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.inner or 1,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        initializer_range=INIT_STD,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
     config = GPTNeoXConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -142,7 +189,8 @@ def transformers(task: Task, compiled: bool) -> Step:
         max_position_embeddings=2048,
         use_cache=False,
     )
-    model = GPTNeoXForCausalLM(config).train()  # attention is SDPA by default
+    # Attention is SDPA by default.
+    model = (LlamaForCausalLM(llama) if shape.kv_heads else GPTNeoXForCausalLM(config)).train()
     _same_size(model, task)
     call = torch.compile(model, dynamic=False) if compiled else model
 
@@ -164,6 +212,12 @@ def litgpt(task: Task, compiled: bool) -> Step:
     from litgpt.utils import chunked_cross_entropy
 
     shape = task.shape
+    more: dict[str, Any] = {"rotary_percentage": 0.25, "parallel_residual": True}
+    if shape.kv_heads:
+        more = {
+            "rotary_percentage": 1.0, "parallel_residual": False, "n_query_groups": shape.kv_heads, "bias": False,
+            "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "intermediate_size": shape.inner,
+        }  # fmt: skip
     config = Config(
         block_size=2048,
         n_layer=shape.layers,
@@ -171,8 +225,7 @@ def litgpt(task: Task, compiled: bool) -> Step:
         n_head=shape.heads,
         vocab_size=shape.vocab,
         padded_vocab_size=shape.vocab,
-        rotary_percentage=0.25,
-        parallel_residual=True,
+        **more,
     )
     model = GPT(config)
     model.apply(model._init_weights)
@@ -201,8 +254,9 @@ def _same_size(model: torch.nn.Module, task: Task) -> None:
 
 
 CONTENDERS: dict[str, Callable[[Task], Step]] = {
-    "castalia": lambda task: castalia(task, False),
+    "castalia": castalia,
     "castalia-compiled": lambda task: castalia(task, True),
+    **{f"castalia-{besides}": partial(castalia, besides=besides) for besides in COSTS},
     "transformers": lambda task: transformers(task, False),
     "transformers-compiled": lambda task: transformers(task, True),
     "litgpt": lambda task: litgpt(task, False),
@@ -261,9 +315,14 @@ def serve(name: str, task: Task, answers: Any) -> None:
     """Obey the commands on stdin, one JSON object a line, until it is closed."""
     from castalia.model.kernels import choose_fp32_matmul
 
+    # Peers get the quicker of torch's precisions for fp32 that is known to most; Castalia finds out by itself.
     fp32_matmul = choose_fp32_matmul(torch.device("cpu"))
+    if fp32_matmul == "highest" and not name.startswith("castalia"):
+        torch.set_float32_matmul_precision("medium")
+        fp32_matmul = "medium"
     step = CONTENDERS[name](task)
     tokens, labels = random_batch(task)
+    parts = MICRO_BATCHES if name == "castalia-accumulated" else 1
 
     def answer(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=answers, flush=True)
@@ -278,12 +337,12 @@ def serve(name: str, task: Task, answers: Any) -> None:
             for _ in range(command["steps"]):
                 start = time.perf_counter()
                 losses.append(step(tokens, labels))
-                seconds.append(time.perf_counter() - start)
+                seconds.append((time.perf_counter() - start) / parts)
         answer({"seconds": seconds, "losses": losses, "peak": peak_memory(), "foreign": foreign.value})
 
 
 def serve_machine(task: Task, answers: Any) -> None:
-    """Answer each line with the rate of square matrix products; first, once, with what there is to know."""
+    """Answer each line with the rates of square matrix products; first, once, with what there is to know."""
     from importlib.metadata import version
 
     from castalia.model.kernels import choose_fp32_matmul
@@ -296,11 +355,10 @@ def serve_machine(task: Task, answers: Any) -> None:
     facts["peers"] = {name: version(name) for name in ("transformers", "litgpt")}
     flops = model_size(castalia_config(task)).flops_per_token
     print(json.dumps({"environment": facts, "flops_per_token": flops}), file=answers, flush=True)
-    dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
     for _ in sys.stdin:
         with Share() as foreign:
-            rate = measure_matmul_flops(dtype)
-        print(json.dumps({"flops": rate, "foreign": foreign.value}), file=answers, flush=True)
+            rates = {name: measure_matmul_flops(getattr(torch, name)) for name in ("float32", "bfloat16")}
+        print(json.dumps({"flops": rates, "foreign": foreign.value}), file=answers, flush=True)
 
 
 def main() -> None:

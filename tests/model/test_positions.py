@@ -13,11 +13,14 @@ from castalia.config import ModelConfig
 from castalia.errors import UserError
 from castalia.model import Transformer
 from castalia.model.positions import (
+    _rotated,
     alibi_bias,
     alibi_slopes,
     causal,
     distance_buckets,
     relative_bias,
+    rotary_angles,
+    rotate,
     sinusoids,
 )
 
@@ -87,6 +90,21 @@ def test_relative_bias_is_scaled_by_the_root_of_the_head_size():
     bias = relative_bias(distance, table, 16, head_size=9)
     for i, j in ((0, 0), (5, 5), (9, 2), (39, 0), (20, 8)):
         assert bias[1, i, j].item() == pytest.approx(3 * table[bucket(i - j, 8, 16), 1].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotated", [4, 8])
+def test_gradient_of_a_rotation_is_autograds(dtype, rotated):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(2, 5, 3, 8, generator=generator).to(dtype) for _ in range(2))
+    cos, sin = (t.unsqueeze(-2) for t in rotary_angles(torch.arange(5), rotated, 10000.0))
+    results = []
+    for function in (rotate, _rotated):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, cos, sin)
+        results.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
+    for ours, autograds in zip(*results, strict=True):
+        torch.testing.assert_close(ours, autograds, rtol=0.0, atol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_sinusoids_are_two_halves():

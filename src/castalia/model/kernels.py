@@ -35,7 +35,7 @@ from castalia.model.layers import native_product
 _FP32_ERROR = 5e-6
 # Another way than the first is taken where it takes less than this share of the first one's time.
 _CLEARLY = 0.97
-_REPEATS = 6
+_REPEATS = 25
 
 
 def flushes_denormals() -> bool:

@@ -16,10 +16,11 @@ generation with a cache computes what a whole forward pass computes.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from castalia.config import ModelConfig
 from castalia.model.norms import wide
@@ -108,6 +109,28 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         The same shape and dtype; the dimensions from r on are unchanged.
     """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _rotated(x, cos, sin)
+    out: Tensor = _Rotate.apply(x, cos, sin)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Backward is the rotation back, in one pass; autograd would put each slice's gradient into zeros of full size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second = wide(x[..., :half]), wide(x[..., half : 2 * half])
     parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
