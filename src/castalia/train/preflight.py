@@ -123,7 +123,7 @@ def _chosen(config: Config, world: World) -> tuple[Config, str]:
     memory = device_memory(world.device) or (total // here if world.device.type == "cpu" and total else None)
     if memory is None:
         raise UserError("parallel.layout auto: this machine does not tell its memory: give the sizes of parallel:")
-    parallel, (line,) = choose_layout(config, world.size, here, memory)
+    parallel, (line,) = choose_layout(config, world.size, here, memory, world.device.type != "cpu")
     return config.model_copy(update={"parallel": parallel}), line
 
 
