@@ -133,6 +133,8 @@ def _bad(tensor: Tensor) -> list[int] | None:
     """Where the first NaN or plus infinity is; None: nowhere."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return None
+    if tensor.is_sparse:  # an embedding's gradient: the rows that were looked up
+        tensor = tensor._values()
     bad = torch.isnan(tensor) | (tensor == float("inf"))
     return bad.nonzero()[0].tolist() if bool(bad.any()) else None
 
