@@ -51,8 +51,10 @@ class Candidate:
     @property
     def overrides(self) -> list[str]:
         """The settings as they are given on a command line."""
+        words = {True: "true", False: "false", None: "null"}
         return [
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.settings.items()
+            f"{key}={words[value] if value is None or isinstance(value, bool) else value}"
+            for key, value in self.settings.items()
         ]
 
 
@@ -155,14 +157,14 @@ class _Search:
         ] or [{"schedule": self._config.parallel.schedule, "virtual_stages": self._virtual}]
         for schedule in schedules:
             for sequence in sequences:
-                for spread in self._spreads(data, sizes["tensor"] * sizes["context"]):
+                for spread in self._spreads(data, sizes["tensor"], sizes["context"]):
                     yield {**sizes, "sequence": sequence, **schedule, **spread}
 
     @property
     def _virtual(self) -> int:
         return self._config.parallel.virtual_stages
 
-    def _spreads(self, data: int, inner: int) -> Iterator[dict[str, Any]]:
+    def _spreads(self, data: int, tensor: int, context: int) -> Iterator[dict[str, Any]]:
         """ZeRO's stages over all data-parallel ranks or those of a node, or experts over some."""
         experts = self._config.model.moe_num_experts
         sizes = [n for n in _divisors(data) if n <= max(experts, 1)]
@@ -170,7 +172,9 @@ class _Search:
         if 0 in zeros:
             for expert in self._choices("parallel.expert", sizes):
                 yield {"zero": 0, "expert": expert}
-        node = max(self._machine.devices_per_node // inner, 1)
+            if data * context == 1:  # nobody to share the state with
+                return
+        node = max(self._machine.devices_per_node // (tensor * context), 1)
         shards: list[int | None] = [None]
         shards += [node] if 1 < node < data and data % node == 0 else []
         for zero in (z for z in zeros if z):
