@@ -35,7 +35,7 @@ VERBS = {
     "export": "run -> a folder in Hugging Face format",
     "import": "other people's weights -> a run: Hugging Face, Llama, GGUF, GPT-NeoX",
     "report": "runs -> one HTML page with curves",
-    "plan": "parameters, FLOPs and bytes of a configuration",
+    "plan": "parameters, FLOPs and bytes of a configuration; its layouts on a machine; a big job rehearsed",
     "pipeline": "draw a pipeline's schedule: who computes what when, who waits, what is held",
     "tune": "measure the most promising ways to run a configuration here; write the quickest",
     "profile": "time, FLOPs, memory and parameters of one step, module by module; traces",
