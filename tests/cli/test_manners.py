@@ -108,3 +108,17 @@ def test_errors_of_configurations_come_before_torch(tmp_path: Path) -> None:
         "assert main(['train', 'nowhere.yml']) == 2; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=dict(os.environ), timeout=60)
+
+
+def test_threads_wait_shortly_unless_told(monkeypatch, capsys):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    main(["corpora", "list"])
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    main(["corpora", "list"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    main(["corpora", "list"])
+    assert "GOMP_SPINCOUNT" not in os.environ

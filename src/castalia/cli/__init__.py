@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _usable_output()
+    _short_waits()
     parser = argparse.ArgumentParser(
         prog="castalia",
         usage="castalia VERB [A.yml ...] [key=value ...] [--flag ...]",
@@ -136,6 +137,15 @@ def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional arguments -> (configuration files, overrides): whatever holds a `=` is an override."""
     files = [a for a in arguments if "=" not in a]
     return files, [a for a in arguments if "=" in a]
+
+
+def _short_waits() -> None:
+    """Let the threads of a product wait for each other for microseconds, not for a time slice (docs/performance.md).
+
+    Read by the OpenMP that torch brings when torch is imported; what the environment says already is kept.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 @contextmanager
